@@ -1,0 +1,1 @@
+"""slicegpt-fast: slice transformer language models and run them on kernels made for their widths."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the three ops; installed as ``slicegpt_fast.triton_kernels``."""
