@@ -1,0 +1,117 @@
+"""Load and save models: dense or sliced, from the hub, a folder or a GGUF file; safetensors only."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from slicegpt_fast import slicing  # noqa: F401  registers the sliced format with transformers
+from slicegpt_fast.errors import InputError
+
+
+def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a causal language model, dense or sliced, in evaluation mode.
+
+    Args:
+        source: a hub id, a local folder, or a GGUF file (its weights are dequantised).
+        dtype: of the weights; by default the checkpoint's own (fp32 for GGUF).
+
+    Raises:
+        InputError: nothing there, not a causal language model, or a damaged or incomplete checkpoint.
+    """
+    options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+    if _is_gguf(source):
+        options.update(dtype=dtype or torch.float32, use_safetensors=None)
+        if hasattr(transformers, "GgufConfig"):  # releases that would otherwise keep the blocks packed
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, report = _from_pretrained(AutoModelForCausalLM, source, options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"the checkpoint {source} lacks {len(missing)} tensors ({missing[0]}, ...): write or copy it again.")
+    return model.eval()
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; ``source`` as in :func:`load_model`.
+
+    Raises:
+        InputError: there is none.
+    """
+    return _from_pretrained(AutoTokenizer, source, {})
+
+
+def save_model(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write ``model`` (and ``tokenizer``) to a new folder, which appears complete or not at all.
+
+    Raises:
+        InputError: the folder has something in it, or the disk refuses or is too small.
+    """
+    write_folder(folder, lambda path: _save(model, path, tokenizer), size=model.get_memory_footprint())
+
+
+def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int = 0) -> None:
+    """Let ``write`` fill a folder beside ``folder``, then rename it; on any failure leave nothing behind.
+
+    Args:
+        folder: does not exist yet, or is empty.
+        write: called with the path of the temporary folder.
+        size: bytes that must be free beforehand.
+
+    Raises:
+        InputError: as :func:`save_model`.
+    """
+    folder = Path(folder).expanduser().absolute()
+    check_writable(folder)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < size:
+            raise InputError(f"{folder} needs {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free: make room first.")
+        partial.mkdir()
+        write(partial)
+        partial.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {folder}: {error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise InputError unless ``folder`` is absent or empty: called before long work as well as before writing."""
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder: choose another place or remove it.")
+
+
+def _save(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    model.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def _is_gguf(source: str | Path) -> bool:
+    return Path(source).suffix == ".gguf"
+
+
+def _from_pretrained(loader: Any, source: str | Path, options: dict[str, Any]) -> Any:
+    path = Path(source).expanduser()
+    if _is_gguf(source):
+        options["gguf_file"] = path.name
+    # A hub id is one or two plain words; everything else must be there.
+    if not path.exists() and (_is_gguf(source) or path.is_absolute() or len(path.parts) > 2 or str(source)[0] in ".~"):
+        raise InputError(f"{source} does not exist: give a hub id, a local folder or a GGUF file.")
+    place = str(path.parent if _is_gguf(source) else path) if path.exists() else str(source)
+    try:
+        return loader.from_pretrained(place, **options)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise InputError(f"cannot load {source}: {reason}.") from error

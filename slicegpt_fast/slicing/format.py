@@ -1,0 +1,107 @@
+"""How a sliced model is written down, so that plain ``AutoModelForCausalLM.from_pretrained`` reads it back.
+
+``config.json`` of a sliced model keeps the dense sizes and carries the plan as its ``quantization_config``, the block that
+transformers lets other packages own. On loading, transformers builds the dense skeleton without memory, calls the
+quantizer registered here, which narrows it, and fills it from safetensors.
+"""
+
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.slicing.bases import Bases
+from slicegpt_fast.slicing.layers import narrow_
+from slicegpt_fast.slicing.plan import SlicePlan
+
+METHOD = "slicegpt"
+
+
+@register_quantization_config(METHOD)
+class SliceConfig(QuantizationConfigMixin):
+    """The plan of a sliced model as its config stores it; the fields are those of :class:`SlicePlan`."""
+
+    def __init__(
+        self,
+        basis: str,
+        signal: str,
+        full_width: int,
+        widths: list[int],
+        groups: list[int],
+        calibration_tokens: int,
+        quant_method: str = METHOD,
+    ) -> None:
+        self.quant_method = quant_method
+        self.basis = basis
+        self.signal = signal
+        self.full_width = full_width
+        self.widths = list(widths)
+        self.groups = list(groups)
+        self.calibration_tokens = calibration_tokens
+
+    @classmethod
+    def from_bases(cls, bases: Bases) -> "SliceConfig":
+        """The config of a model sliced with ``bases``."""
+        return cls(**vars(bases.plan), calibration_tokens=bases.tokens)
+
+    def plan(self) -> SlicePlan:
+        """The plan that the model was sliced by."""
+        return SlicePlan(self.basis, self.signal, self.full_width, tuple(self.widths), tuple(self.groups))
+
+
+def slice_config_of(model_or_config: Any) -> SliceConfig | None:
+    """The slice config of a sliced model or its config, None for a dense one."""
+    config = getattr(model_or_config, "config", model_or_config)
+    block = getattr(config, "quantization_config", None)
+    if isinstance(block, dict) and block.get("quant_method") == METHOD:
+        return SliceConfig.from_dict(block)
+    return block if isinstance(block, SliceConfig) else None
+
+
+@register_quantizer(METHOD)
+class SliceQuantizer(HfQuantizer):
+    """Narrows the skeleton of a sliced model before its weights are loaded. Nothing is quantised."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        narrow_(model, self.quantization_config.plan())
+        check_weights(model, checkpoint_files or [])
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        # From here on it is an ordinary model: .float(), training and saving must not treat it as a quantised one.
+        self.remove_quantization_config(model)
+        model.config.quantization_config = self.quantization_config
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def check_weights(model: PreTrainedModel, files: list[str]) -> None:
+    """Hold the tensors of safetensors ``files`` against the parameters of ``model``, reading headers only.
+
+    Raises:
+        InputError: a file is damaged, a tensor is missing or has another shape.
+    """
+    stored = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                stored.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})
+        except SafetensorError as error:
+            raise InputError(f"{file} is damaged ({error}): copy or write the checkpoint again.") from error
+    for name, parameter in model.state_dict().items() if files else ():
+        if name not in stored:
+            raise InputError(f"the checkpoint lacks {name}: copy or write it again.")
+        if stored[name] != tuple(parameter.shape):
+            raise InputError(
+                f"the checkpoint's {name} has shape {stored[name]}, its config asks for {tuple(parameter.shape)}: "
+                "the files do not belong together."
+            )
