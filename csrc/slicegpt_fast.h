@@ -1,0 +1,54 @@
+// The native core of slicegpt-fast: a flat C interface that knows neither torch nor Python.
+//
+// Conventions, for every function here:
+//   * pointers, sizes and strides come from the caller, who owns all memory; sizes and strides are 64-bit, strides
+//   count
+//     elements;
+//   * a function that can fail returns a status: 0 is success, a negative value one of SGF_* below, a positive value a
+//     cudaError_t; sgf_status_text() puts any of them into words;
+//   * a CUDA launcher takes the stream as an opaque cudaStream_t, returns once the kernel is enqueued, and leaves
+//     choosing the device to the caller. No function that is not named sgf_cuda_* touches the CUDA runtime.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  SGF_OK = 0,
+  SGF_UNKNOWN_CPU_ISA = -1,
+};
+
+// The sentence for a status, in static memory.
+const char* sgf_status_text(int status);
+
+// How this library was built: `git describe` (or the release), the C++ compiler, the CUDA compiler (empty: built
+// without CUDA) and the CUDA architectures, separated by semicolons.
+const char* sgf_revision(void);
+const char* sgf_compiler(void);
+const char* sgf_cuda_compiler(void);
+const char* sgf_cuda_archs(void);
+
+// Instruction-set extensions that both this CPU and the operating system support, out of those that kernels use:
+// names as in /proc/cpuinfo, separated by spaces.
+const char* sgf_cpu_features(void);
+
+// The instruction-set level that CPU kernels run at, as an index from 0 (the machine's baseline) upwards: the strongest
+// supported one, capped by the environment variable SLICEGPT_FAST_CPU_ISA (read once). Negative: a status.
+int sgf_cpu_isa(void);
+int sgf_cpu_isa_count(void);
+const char* sgf_cpu_isa_name(int level);
+
+#ifdef SGF_CUDA
+// Writes {blockDim.x, __CUDA_ARCH__ of the code that ran} to out[0..1] (device memory) from a launch with `threads`
+// threads: shows which of the compiled architectures a GPU picks.
+int sgf_cuda_probe(int32_t* out, int threads, void* stream);
+
+const char* sgf_cuda_status_text(int status);
+#endif
+
+#ifdef __cplusplus
+}
+#endif

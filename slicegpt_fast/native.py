@@ -1,0 +1,47 @@
+"""The native extension: how it was built, and which instruction set its CPU kernels use here."""
+
+from dataclasses import dataclass
+
+from slicegpt_fast import _C
+from slicegpt_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """How slicegpt_fast._C was compiled."""
+
+    revision: str  # `git describe` of the sources, or the release where they came without git
+    compiler: str  # C++ compiler and version, like "GCC 12.2.0"
+    cuda_compiler: str | None  # like "nvcc 13.0.88"; None: built without CUDA
+    cuda_archs: tuple[str, ...]  # like ("80", "90a"); empty without CUDA
+
+
+def build_info() -> BuildInfo:
+    """How the extension was compiled; asks no GPU."""
+    info = _C.build_info()
+    return BuildInfo(
+        revision=info["revision"],
+        compiler=info["compiler"],
+        cuda_compiler=info["cuda_compiler"] or None,
+        cuda_archs=tuple(filter(None, info["cuda_archs"].split(";"))),
+    )
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Instruction-set extensions usable here, out of those that CPU kernels know; named as in /proc/cpuinfo."""
+    return tuple(_C.cpu_features().split())
+
+
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels: the strongest that this machine supports and that
+    SLICEGPT_FAST_CPU_ISA, read once per process, allows.
+
+    From weakest to strongest, on x86-64: baseline, avx2, avx512, avx512bf16, amxbf16; on aarch64: baseline, neonbf16,
+    svebf16.
+
+    Raises InputError where the variable holds another name.
+    """
+    try:
+        return _C.cpu_isa()
+    except ValueError as error:
+        raise InputError(f"{error}; unset it or set it to one of {', '.join(_C.cpu_isa_names())}.") from None
