@@ -1,8 +1,8 @@
 """Where each Hugging Face family keeps the parts that touch the residual stream: one row per family.
 
-A decoder layer is a sequence of residual branches, ``h <- h + module(norm(h))``. A branch's *readers* are the linear layers
-whose input is the normalised stream, its *writers* those whose output is added to the stream. Slicing narrows the inputs of
-readers and the outputs of writers and leaves everything else (heads, rotary embeddings, query norms, caches) alone.
+A decoder layer is a sequence of residual branches, ``h <- h + module(norm(h))``. A branch's *readers* are the linear
+layers whose input is the normalised stream, its *writer* the one whose output is added to the stream. Slicing narrows
+the inputs of readers and the outputs of writers; heads, rotary embeddings, query norms and caches are left alone.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class Sublayer:
     readers: tuple[str, ...]
     writer: str
     takes_layer_arguments: bool
-    """Whether the module is called with the layer's own keyword arguments (masks, positions, cache), as attention is."""
+    """Whether the module is called with the layer's keyword arguments (masks, positions, cache), as attention is."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,14 @@ class Architecture:
 
     def sites(self, model: nn.Module) -> Iterator[tuple[int, nn.Module, Sublayer]]:
         """Yield ``(layer index, layer, sublayer)`` for every norm site of the decoder layers, in the stream's order."""
-        for index, layer in enumerate(model.get_submodule(self.layers).children()):
+        for index, layer in enumerate(at(model, self.layers).children()):
             for sublayer in self.sublayers:
                 yield index, layer, sublayer
+
+
+def at(module: nn.Module, path: str) -> Any:
+    """The submodule at a path of the table; typed Any, since the path decides what it is."""
+    return module.get_submodule(path)
 
 
 LLAMA = Architecture(

@@ -33,7 +33,9 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
     model, report = _from_pretrained(AutoModelForCausalLM, source, options)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(f"the checkpoint {source} lacks {len(missing)} tensors ({missing[0]}, ...): write or copy it again.")
+        raise InputError(
+            f"the checkpoint {source} lacks {len(missing)} tensors ({missing[0]}, ...): write or copy it again."
+        )
     return model.eval()
 
 
@@ -73,7 +75,9 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
         if free < size:
-            raise InputError(f"{folder} needs {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free: make room first.")
+            raise InputError(
+                f"{folder} needs {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free: make room first."
+            )
         partial.mkdir()
         write(partial)
         partial.replace(folder)

@@ -1,6 +1,5 @@
 """``covariance_``: accumulate the (uncentred) covariance of token activations, ``acc += X^T X``."""
 
-import torch
 from torch import Tensor
 
 ROWS_PER_STEP = 4096  # bounds the upcast copy of x to 4096 rows

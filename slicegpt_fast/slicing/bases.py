@@ -1,9 +1,9 @@
-"""Find the bases of a plan: run the calibration tokens through the dense model, layer by layer, and take principal components.
+"""Find the bases of a plan: run the calibration tokens through the dense model, layer by layer, and take the PCA.
 
-Slicing a site means projecting the stream onto the span of its basis, so the effect of a slice on everything after it can be
-had from the dense model with ``h <- h Q Q^T`` at that site. A basis known when the stream reaches its site is applied at
-once: later bases are then fitted to what the sliced model will really see, as in the published algorithm. A basis shared
-by several sites is fitted to the dense model's stream.
+Slicing a site means projecting the stream onto the span of its basis, so the effect of a slice on everything after it
+is had from the dense model with ``h <- h Q Q^T`` at that site. A basis known when the stream reaches its site is applied
+at once: later bases are then fitted to what the sliced model will really see, as in the published algorithm. A basis
+that several sites share is fitted to the dense model's stream.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.architectures import architecture_of, at
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
 from slicegpt_fast.slicing.layers import branch, rstd
@@ -55,7 +55,9 @@ def principal_components(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def find_bases(model: PreTrainedModel, calibration: Iterable[Batch], plan: SlicePlan, *, progress: bool = True) -> Bases:
+def find_bases(
+    model: PreTrainedModel, calibration: Iterable[Batch], plan: SlicePlan, *, progress: bool = True
+) -> Bases:
     """Fit the bases of ``plan`` to the stream of the dense ``model`` on calibration tokens.
 
     Args:
@@ -70,7 +72,7 @@ def find_bases(model: PreTrainedModel, calibration: Iterable[Batch], plan: Slice
     """
     architecture = architecture_of(model)
     full, eps = plan.full_width, getattr(model.config, architecture.norm_eps)
-    device = model.get_submodule(architecture.embeddings).weight.device
+    device = at(model, architecture.embeddings).weight.device
     batches = [_checked(batch, index, model.config.vocab_size, device) for index, batch in enumerate(calibration)]
     counted = [batch["attention_mask"].bool().flatten() for batch in batches]
     tokens = sum(int(mask.sum()) for mask in counted)
@@ -83,7 +85,7 @@ def find_bases(model: PreTrainedModel, calibration: Iterable[Batch], plan: Slice
     training = model.training
     model.eval()
     try:
-        layers = list(model.get_submodule(architecture.layers).children())
+        layers = list(at(model, architecture.layers).children())
         streams, layer_arguments = map(list, zip(*(_enter(model, layers, batch) for batch in batches), strict=True))
         spectra, matrices = [], []
         sites = [*architecture.sites(model), None]  # None: the final norm, which has no sublayer
@@ -124,7 +126,9 @@ def _checked(batch: Batch, index: int, vocab_size: int, device: torch.device) ->
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        raise InputError(f"{name} must be a tensor of token ids or a mapping with input_ids, not {type(batch).__name__}.")
+        raise InputError(
+            f"{name} must be a tensor of token ids or a mapping with input_ids, not {type(batch).__name__}."
+        )
     ids = torch.atleast_2d(batch["input_ids"])
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else torch.atleast_2d(mask)

@@ -1,7 +1,7 @@
 """How a sliced model is written down, so that plain ``AutoModelForCausalLM.from_pretrained`` reads it back.
 
-``config.json`` of a sliced model keeps the dense sizes and carries the plan as its ``quantization_config``, the block that
-transformers lets other packages own. On loading, transformers builds the dense skeleton without memory, calls the
+``config.json`` of a sliced model keeps the dense sizes and carries the plan as its ``quantization_config``, the block
+that transformers lets other packages own. On loading, transformers builds the dense skeleton without memory, calls the
 quantizer registered here, which narrows it, and fills it from safetensors.
 """
 
@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.layers import narrow_
-from slicegpt_fast.slicing.plan import SlicePlan
+from slicegpt_fast.slicing.plan import Basis, Signal, SlicePlan, check_plan
 
 METHOD = "slicegpt"
 
@@ -26,26 +26,38 @@ class SliceConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        basis: str,
-        signal: str,
+        basis: Basis,
+        signal: Signal,
         full_width: int,
         widths: list[int],
         groups: list[int],
         calibration_tokens: int,
         quant_method: str = METHOD,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers' enum holds its own methods only
         self.basis = basis
         self.signal = signal
         self.full_width = full_width
-        self.widths = list(widths)
-        self.groups = list(groups)
+        self.widths = widths
+        self.groups = groups
         self.calibration_tokens = calibration_tokens
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().from_dict(config_dict, *args, **kwargs)
+        except TypeError as error:
+            raise InputError(
+                f"the quantization_config in config.json is not a plan that this version reads ({error}): update "
+                "slicegpt-fast."
+            ) from error
 
     @classmethod
     def from_bases(cls, bases: Bases) -> "SliceConfig":
         """The config of a model sliced with ``bases``."""
-        return cls(**vars(bases.plan), calibration_tokens=bases.tokens)
+        plan = bases.plan
+        widths, groups = list(plan.widths), list(plan.groups)
+        return cls(plan.basis, plan.signal, plan.full_width, widths, groups, calibration_tokens=bases.tokens)
 
     def plan(self) -> SlicePlan:
         """The plan that the model was sliced by."""
@@ -68,7 +80,10 @@ class SliceQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        narrow_(model, self.quantization_config.plan())
+        assert isinstance(self.quantization_config, SliceConfig)
+        plan = self.quantization_config.plan()
+        check_plan(plan, model)
+        narrow_(model, plan)
         check_weights(model, checkpoint_files or [])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -94,7 +109,7 @@ def check_weights(model: PreTrainedModel, files: list[str]) -> None:
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                stored.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})
+                stored.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118  not a dict
         except SafetensorError as error:
             raise InputError(f"{file} is damaged ({error}): copy or write the checkpoint again.") from error
     for name, parameter in model.state_dict().items() if files else ():

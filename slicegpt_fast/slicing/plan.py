@@ -1,7 +1,7 @@
 """The basis plan: which basis each norm site uses and how many of its directions are kept. A plan is data.
 
-Norm sites are counted along the residual stream: two per decoder layer (attention, MLP), then the final norm. Between two
-sites of different bases the residual branch carries a shortcut, the product of the two bases.
+Norm sites are counted along the residual stream: two per decoder layer (attention, MLP), then the final norm. Between
+two sites of different bases the residual path carries a shortcut, the product of the two bases.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Architecture, architecture_of
+from slicegpt_fast.architectures import Architecture, architecture_of, at
 from slicegpt_fast.errors import InputError
 
 Basis = Literal["per-norm", "shared"]
@@ -25,8 +25,8 @@ class SlicePlan:
     """A basis plan for a model of ``full_width`` D and S norm sites.
 
     Attributes:
-        basis: ``"per-norm"`` (one basis per site, dense shortcuts: arXiv 2401.15024) or ``"shared"`` (one for the model).
-        signal: what the covariance is of, the norm's input (``"raw"``) or its output without the weight (``"normalized"``).
+        basis: ``"per-norm"`` (one per site, dense shortcuts: arXiv 2401.15024) or ``"shared"`` (one for the model).
+        signal: what the covariance is of: the norm's input (``"raw"``) or its weightless output (``"normalized"``).
         full_width: D, the hidden size before slicing and the divisor of every norm after it.
         widths: [S] the kept size d of each site.
         groups: [S] the index of the basis each site uses.
@@ -41,10 +41,6 @@ class SlicePlan:
     def has_shortcut(self, site: int) -> bool:
         """Whether the stream changes its basis between ``site`` and the next one."""
         return self.groups[site] != self.groups[site + 1]
-
-    def group_widths(self) -> list[int]:
-        """The kept size of each basis."""
-        return [self.widths[self.groups.index(group)] for group in range(max(self.groups) + 1)]
 
 
 def make_plan(
@@ -74,8 +70,9 @@ def make_plan(
     if round_to < 1:
         raise InputError(f"round_to must be at least 1, not {round_to}.")
 
+    sites = sum(1 for _ in architecture.sites(model)) + 1
+
     def plan(width: int) -> SlicePlan:
-        sites = sum(1 for _ in architecture.sites(model)) + 1
         if basis == "shared":
             return SlicePlan(basis, signal, full, (width,) * sites, (0,) * sites)
         widths = (width,) * (sites - 1) + (width if slice_head else full,)
@@ -94,6 +91,7 @@ def make_plan(
             )
         return plan(width)
 
+    assert target_params is not None
     if not 0 < target_params <= 1:
         raise InputError(f"target_params must be above 0 and at most 1, not {target_params}.")
     budget = target_params * block_parameters(model)
@@ -103,15 +101,15 @@ def make_plan(
     if not fitting:
         smallest = count(plan(sizes[0])) / block_parameters(model)
         raise InputError(
-            f"target_params {target_params} cannot be met: the smallest slice (d={sizes[0]}) still stores {smallest:.3f} "
-            "of the decoder blocks' parameters."
+            f"target_params {target_params} cannot be met: the smallest slice (d={sizes[0]}) still stores "
+            f"{smallest:.3f} of the decoder blocks' parameters."
         )
     return plan(fitting[-1])
 
 
 def block_parameters(model: PreTrainedModel) -> int:
     """Number of parameters stored in the decoder layers, shortcuts included, embeddings and head not."""
-    layers = model.get_submodule(architecture_of(model).layers)
+    layers = at(model, architecture_of(model).layers)
     return sum(parameter.numel() for parameter in layers.parameters())
 
 
@@ -125,8 +123,8 @@ def parameter_counter(model: PreTrainedModel, architecture: Architecture) -> Cal
     readers, writers = [], []
     fixed = block_parameters(model)
     for _, layer, sublayer in architecture.sites(model):
-        readers.append(sum(layer.get_submodule(reader).out_features for reader in sublayer.readers))
-        writer = layer.get_submodule(sublayer.writer)
+        readers.append(sum(at(layer, reader).out_features for reader in sublayer.readers))
+        writer = at(layer, sublayer.writer)
         writers.append(writer.in_features + (writer.bias is not None))
         fixed -= (readers[-1] + writers[-1] + 1) * full  # the one is the norm's weight, folded away
 
@@ -140,6 +138,23 @@ def parameter_counter(model: PreTrainedModel, architecture: Architecture) -> Cal
     return count
 
 
+def check_plan(plan: SlicePlan, model: PreTrainedModel) -> None:
+    """Raise InputError unless ``plan`` is one for a model of this depth and hidden size."""
+    sites = sum(1 for _ in architecture_of(model).sites(model)) + 1
+    full = model.config.hidden_size
+    fits = (
+        plan.full_width == full
+        and len(plan.widths) == len(plan.groups) == sites
+        and all(isinstance(width, int) and 0 < width <= full for width in plan.widths)
+        and all(isinstance(group, int) for group in plan.groups)
+    )
+    if not fits:
+        raise InputError(
+            f"the plan (quantization_config of a sliced model) does not fit a model of {sites} norm sites and hidden "
+            f"size {full}: it was made for another one or was edited."
+        )
+
+
 def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None:
     block = getattr(model.config, "quantization_config", None)
     method = getattr(block, "quant_method", block.get("quant_method") if isinstance(block, dict) else None)
@@ -149,14 +164,16 @@ def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None
         raise InputError(f"the model is quantised ({method}): slice the unquantised model, then quantise the result.")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise InputError(f"{name} is on the meta device: load the model with its weights in memory, without offloading.")
+            raise InputError(
+                f"{name} is on the meta device: load the model with its weights in memory, without offloading."
+            )
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"{name} has dtype {parameter.dtype}: load the model in float32, bfloat16 or float16.")
     for index, layer, sublayer in architecture.sites(model):
         for path in (*sublayer.readers, sublayer.writer):
-            linear = layer.get_submodule(path)
+            linear = at(layer, path)
             if type(linear) is not nn.Linear:
                 raise InputError(
-                    f"{architecture.layers}.{index}.{path} is a {type(linear).__name__}, not a plain linear layer: merge "
-                    "adapters and undo patches before slicing."
+                    f"{architecture.layers}.{index}.{path} is a {type(linear).__module__}.{type(linear).__name__}, "
+                    "not a plain torch.nn.Linear: merge adapters before slicing."
                 )

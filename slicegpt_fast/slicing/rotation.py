@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.architectures import architecture_of, at
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.format import SliceConfig
 from slicegpt_fast.slicing.layers import narrow_, shortcut_name
+from slicegpt_fast.slicing.plan import check_plan
 
 
 @torch.no_grad()
@@ -19,38 +20,44 @@ def apply_bases(model: PreTrainedModel, bases: Bases, *, progress: bool = True) 
 
     With ``Q`` the basis of a linear layer's site, ``Q'`` that of the site after it and ``gamma`` its norm's weight:
     readers become ``W diag(gamma) Q``, writers ``Q'^T W`` and ``Q'^T b``, shortcuts ``Q^T Q'``, the embedding ``E Q``.
+
+    Raises:
+        InputError: the bases belong to a model of another size.
     """
     architecture = architecture_of(model)
     plan = bases.plan
+    check_plan(plan, model)
     basis = [bases.matrices[group] for group in plan.groups]
     # New modules around the dense model's own parameters: no weight exists twice, each is replaced by its narrow form.
     sliced = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     narrow_(sliced, plan)
     sliced.config.quantization_config = SliceConfig.from_bases(bases)
 
-    embeddings = model.get_submodule(architecture.embeddings)
-    _fill(sliced.get_submodule(architecture.embeddings), "weight", _rotated(embeddings.weight, right=basis[0]))
+    embeddings = at(model, architecture.embeddings)
+    _fill(at(sliced, architecture.embeddings), "weight", _rotated(embeddings.weight, right=basis[0]))
     pairs = zip(architecture.sites(model), architecture.sites(sliced), strict=True)
     bar = tqdm(pairs, total=len(basis) - 1, desc="slicing", unit="site", disable=not progress)
     for site, ((_, dense, sublayer), (_, narrow, _)) in enumerate(bar):
         here, following = basis[site], basis[site + 1]
-        gamma = dense.get_submodule(sublayer.norm).weight
+        gamma = at(dense, sublayer.norm).weight
         for path in sublayer.readers:
-            weight = dense.get_submodule(path).weight
-            _fill(narrow.get_submodule(path), "weight", _rotated(weight, gamma=gamma, right=here))
-        writer = dense.get_submodule(sublayer.writer)
+            weight = at(dense, path).weight
+            _fill(at(narrow, path), "weight", _rotated(weight, gamma=gamma, right=here))
+        writer = at(dense, sublayer.writer)
         for name, parameter in writer.named_parameters():
-            _fill(narrow.get_submodule(sublayer.writer), name, _rotated(parameter, left=following.T))
+            _fill(at(narrow, sublayer.writer), name, _rotated(parameter, left=following.T))
         if plan.has_shortcut(site):
-            _fill(narrow.get_submodule(shortcut_name(sublayer)), "weight", following.T @ here)
-    gamma = model.get_submodule(architecture.final_norm).weight
-    head = model.get_submodule(architecture.head)
-    _fill(sliced.get_submodule(architecture.head), "weight", _rotated(head.weight, gamma=gamma, right=basis[-1]))
+            _fill(at(narrow, shortcut_name(sublayer)), "weight", following.T @ here)
+    gamma = at(model, architecture.final_norm).weight
+    head = at(model, architecture.head)
+    _fill(at(sliced, architecture.head), "weight", _rotated(head.weight, gamma=gamma, right=basis[-1]))
     _unshare_(sliced, model)
     return sliced
 
 
-def _rotated(weight: Tensor, *, gamma: Tensor | None = None, right: Tensor | None = None, left: Tensor | None = None) -> Tensor:
+def _rotated(
+    weight: Tensor, *, gamma: Tensor | None = None, right: Tensor | None = None, left: Tensor | None = None
+) -> Tensor:
     """``left @ weight @ diag(gamma) @ right``, the factors that are given, in fp64 (fp32 for 16-bit weights)."""
     dtype = torch.float32 if weight.element_size() == 2 else torch.float64
     product = weight.to(dtype)

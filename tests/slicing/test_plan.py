@@ -1,0 +1,171 @@
+"""Kept sizes: the published rounding, the parameter budget, and every refusal."""
+
+import pytest
+import torch
+from models import FAMILIES, tiny_model, tokens
+from torch import nn
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+
+from slicegpt_fast import InputError, slice_model
+from slicegpt_fast.slicing import block_parameters, make_plan
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "round_to", "width"),
+    [(0, 8, 48), (0.25, 8, 32), (0.25, 4, 36), (0.25, 1, 36), (0.3, 8, 32), (0.3, 1, 33), (0.9, 1, 4), (0.1, 1, 43)],
+)
+def test_sparsity_rounds_down_to_a_multiple(sparsity, round_to, width):
+    plan = make_plan(tiny_model(), sparsity=sparsity, round_to=round_to)
+    assert plan.widths == (width,) * 6 + (48,)
+    assert plan.groups == tuple(range(7))
+
+
+def test_a_share_that_floats_cannot_hold_is_not_rounded_away():
+    model = tiny_model(hidden_size=640, head_dim=8, num_hidden_layers=1)
+    assert make_plan(model, sparsity=0.1).widths[0] == 576  # (1 - 0.1) * 640 is 576 in mathematics
+
+
+def test_what_the_head_reads():
+    model = tiny_model()
+    assert make_plan(model, sparsity=0.25, slice_head=True).widths == (32,) * 7
+    shared = make_plan(model, sparsity=0.25, basis="shared")
+    assert shared.widths == (32,) * 7
+    assert shared.groups == (0,) * 7
+
+
+@pytest.mark.parametrize("basis", ["per-norm", "shared"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_target_params_counts_what_is_stored(family, basis):
+    model = tiny_model(family)
+    sliced = slice_model(model, [tokens(4, 32)], target_params=0.8, basis=basis, round_to=4, progress=False)
+    share = block_parameters(sliced) / block_parameters(model)
+    assert share <= 0.8
+    width = sliced.config.quantization_config.widths[0]
+    wider = slice_model(model, [tokens(4, 32)], sparsity=1 - (width + 4) / 48, basis=basis, round_to=4, progress=False)
+    assert block_parameters(wider) / block_parameters(model) > 0.8
+
+
+def test_sliced_state_dict_holds_only_narrow_weights():
+    model = tiny_model(tied=True)
+    sliced = slice_model(model, [tokens(4, 32)], sparsity=0.25, progress=False)
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in sliced.state_dict().items()
+        if ".1." in name or "layers" not in name
+    }
+    assert shapes == {
+        "model.embed_tokens.weight": (97, 32),
+        "model.layers.1.self_attn.q_proj.weight": (48, 32),
+        "model.layers.1.self_attn.q_proj.bias": (48,),
+        "model.layers.1.self_attn.k_proj.weight": (24, 32),
+        "model.layers.1.self_attn.k_proj.bias": (24,),
+        "model.layers.1.self_attn.v_proj.weight": (24, 32),
+        "model.layers.1.self_attn.v_proj.bias": (24,),
+        "model.layers.1.self_attn.o_proj.weight": (32, 48),
+        "model.layers.1.self_attn.o_proj.bias": (32,),
+        "model.layers.1.mlp.gate_proj.weight": (80, 32),
+        "model.layers.1.mlp.gate_proj.bias": (80,),
+        "model.layers.1.mlp.up_proj.weight": (80, 32),
+        "model.layers.1.mlp.up_proj.bias": (80,),
+        "model.layers.1.mlp.down_proj.weight": (32, 80),
+        "model.layers.1.mlp.down_proj.bias": (32,),
+        "model.layers.1.self_attn_shortcut.weight": (32, 32),
+        "model.layers.1.mlp_shortcut.weight": (32, 32),
+        "lm_head.weight": (97, 48),
+    }
+
+
+def test_shortcuts_are_products_of_bases():
+    from slicegpt_fast.slicing import apply_bases, find_bases
+
+    model = tiny_model()
+    bases = find_bases(model, [tokens(4, 32)], make_plan(model, sparsity=0.25), progress=False)
+    sliced = apply_bases(model, bases, progress=False)
+    for index, layer in enumerate(sliced.model.layers):
+        first, second, third = bases.matrices[2 * index : 2 * index + 3]
+        torch.testing.assert_close(layer.self_attn_shortcut.weight, (first.T @ second).T.float())
+        torch.testing.assert_close(layer.mlp_shortcut.weight, (second.T @ third).T.float())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of sparsity and target_params"),
+        ({"sparsity": 0.1, "target_params": 0.9}, "exactly one of sparsity and target_params"),
+        ({"sparsity": 1.0}, r"sparsity must be at least 0 and below 1, not 1\.0"),
+        ({"sparsity": -0.1}, r"sparsity must be at least 0 and below 1, not -0\.1"),
+        ({"sparsity": float("nan")}, "sparsity must be at least 0"),
+        ({"sparsity": 0.9}, r"sparsity 0\.9 keeps 4 of 48 directions, which round_to=8 rounds to zero"),
+        ({"target_params": 0.0}, r"target_params must be above 0 and at most 1, not 0\.0"),
+        ({"target_params": 1.2}, r"target_params must be above 0 and at most 1, not 1\.2"),
+        ({"target_params": 0.05}, r"target_params 0\.05 cannot be met: the smallest slice \(d=8\) still stores 0\.\d+"),
+        ({"sparsity": 0.1, "round_to": 0}, "round_to must be at least 1, not 0"),
+        ({"sparsity": 0.1, "basis": "pca"}, "basis must be one of 'per-norm', 'shared', not 'pca'"),
+        ({"sparsity": 0.1, "signal": "output"}, "signal must be one of 'raw', 'normalized', not 'output'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        slice_model(tiny_model(), [tokens(4, 32)], progress=False, **arguments)
+
+
+def lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model()
+
+
+def on_meta(model):
+    return model.to("meta")
+
+
+def quantised(model):
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    return model
+
+
+def already_sliced(model):
+    return slice_model(model, [tokens(4, 32)], sparsity=0.25, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (already_sliced, "the model is sliced already"),
+        (on_meta, "is on the meta device"),
+        (quantised, r"the model is quantised \(bitsandbytes\)"),
+        (lora, r"model\.layers\.0\.self_attn\.q_proj is a peft\.tuners\.lora\.layer\.Linear, not a plain torch"),
+        (lambda model: model.model, "LlamaModel has no language head"),
+        (lambda model: nn.Linear(3, 3), "model must be a transformers causal language model, not Linear"),
+        (
+            lambda model: BertLMHeadModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)),
+            "'bert' is not supported",
+        ),
+        (lambda model: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1)), "'t5' is not supported"),
+    ],
+)
+def test_models_that_cannot_be_sliced_are_refused(spoil, message):
+    with pytest.raises(InputError, match=message):
+        slice_model(spoil(tiny_model()), [tokens(4, 32)], sparsity=0.25, progress=False)
+
+
+def test_integer_weights_are_refused():
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(80, 48, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match=r"up_proj\.weight has dtype torch\.int8"):
+        make_plan(model, sparsity=0.25)
+
+
+def test_the_dense_model_class_is_kept():
+    model = tiny_model("qwen3")
+    assert type(slice_model(model, [tokens(4, 32)], sparsity=0.25, progress=False)) is type(model)
+    assert AutoModelForCausalLM._model_mapping[type(model.config)] is type(model)
+
+
+def test_bases_of_another_model_are_refused():
+    from slicegpt_fast.slicing import apply_bases, find_bases
+
+    deep = tiny_model(num_hidden_layers=4)
+    bases = find_bases(deep, [tokens(4, 32)], make_plan(deep, sparsity=0.25), progress=False)
+    with pytest.raises(InputError, match="does not fit a model of 7 norm sites and hidden size 48"):
+        apply_bases(tiny_model(), bases, progress=False)
