@@ -3,11 +3,11 @@
 A source file's name says what it is compiled for: `covariance.cpp` for any machine, `covariance_avx512.cpp` with the
 flags of that row of CPU_FLAGS, `covariance_sm90a.cu` for that one CUDA architecture. A new kernel is a new file.
 
-Environment:
+Environment variables:
     CXX                       C++ compiler (otherwise c++, g++ or clang++ from PATH)
-    SLICEGPT_FAST_CUDA        auto (default): compile csrc/cuda when a CUDA compiler is found; 1: must; 0: never
+    SLICEGPT_FAST_CUDA        auto (default): compile csrc/cuda/ when a CUDA compiler is found; 1: must; 0: never
     SLICEGPT_FAST_CUDA_ARCHS  architectures, "80;90a" if unset
-    CUDACXX, CUDA_HOME        where the CUDA compiler is looked for, before PATH
+    CUDACXX, CUDA_HOME        where the CUDA compiler is looked for before PATH
 """
 
 import os
@@ -19,11 +19,16 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NoReturn
 
+import ninja
+import pybind11
+from ninja.ninja_syntax import Writer, escape
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
+BUILD = Path("build", sys.implementation.cache_tag or "native")
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # -DNDEBUG matters on the device too: with asserts compiled in, nvcc serialises asynchronous tensor-core instructions.
@@ -31,8 +36,8 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility
 # The CUDA runtime is linked in and its symbols are kept private, so that it cannot meet the one that torch loads.
 LINK_FLAGS = ["-shared", "-Xlinker", "--exclude-libs=ALL"]
 
-# File-name suffix -> compiler flags, from the weakest to the strongest instruction set. csrc/cpu/isa.cpp holds the
-# same levels with the CPU features that each one needs at run time; flags and features must agree.
+# File-name suffix -> compiler flags, weakest instruction set first. csrc/cpu/isa.cpp holds the same levels with the
+# CPU features that each one needs at run time; flags and features must agree.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512BF16 = [*AVX512, "-mavx512bf16"]
@@ -48,11 +53,10 @@ CPU_FLAGS = {
         "svebf16": ["-march=armv8.2-a+sve+bf16"],
     },
 }
-CPU_SUFFIXES = {suffix for levels in CPU_FLAGS.values() for suffix in levels}
 
 
-def fail(message: str) -> None:
-    """One sentence and no traceback, whichever installer is running this file."""
+def fail(message: str) -> NoReturn:
+    """Stop with one sentence and no traceback, whichever installer runs this file."""
     raise SystemExit(f"error: slicegpt-fast: {message}")
 
 
@@ -60,7 +64,7 @@ def find_cxx() -> str:
     for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
         if path := shutil.which(name):
             return path
-    return fail("no C++ compiler found; install g++ or clang++, or set CXX to the compiler's path.")
+    fail("no C++ compiler found; install g++ or clang++, or set CXX to a compiler's path.")
 
 
 def find_nvcc() -> str | None:
@@ -70,11 +74,11 @@ def find_nvcc() -> str | None:
     if mode == "0":
         return None
     if cudacxx := os.environ.get("CUDACXX"):
-        return shutil.which(cudacxx) or fail(f"CUDACXX is {cudacxx!r}, which is no executable; set it to nvcc's path.")
-    cuda_home = os.environ.get("CUDA_HOME")
-    nvcc = (cuda_home and shutil.which(f"{cuda_home}/bin/nvcc")) or shutil.which("nvcc")
-    if nvcc is None and mode == "1":
-        fail("SLICEGPT_FAST_CUDA is 1, but no CUDA compiler was found; set CUDACXX to nvcc's path, or CUDA_HOME.")
+        return shutil.which(cudacxx) or fail(f"CUDACXX is {cudacxx!r}, which cannot be run; set it to nvcc's path.")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (shutil.which(f"{home}/bin/nvcc") if home else None) or shutil.which("nvcc")
+    if mode == "1" and nvcc is None:
+        fail("SLICEGPT_FAST_CUDA is 1, but no CUDA compiler was found; set CUDACXX to nvcc's path.")
     return nvcc
 
 
@@ -86,89 +90,86 @@ def find_cuda_archs() -> list[str]:
     return archs
 
 
-def gencode(archs: list[str], ptx: str | None) -> list[str]:
-    """Machine code for each architecture, and for `ptx` the portable form from which drivers serve newer GPUs."""
-    codes = [(arch, f"[sm_{arch},compute_{arch}]" if arch == ptx else f"sm_{arch}") for arch in archs]
-    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
-
-
 def revision(version: str) -> str:
-    """`git describe` of the checkout, or the package's version where this is no checkout (an sdist)."""
-    if not Path(".git").exists():
-        return version
+    """`git describe` of the checkout, or the package's version where this is none (an sdist)."""
     command = ["git", "describe", "--tags", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # Asked only beside our own .git: an sdist may be unpacked inside somebody else's checkout.
+        described = Path(".git").exists() and subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return version
+        described = False
+    return described.strip() if described else version
+
+
+def cpu_sources() -> list[tuple[Path, list[str]]]:
+    """C++ sources of this machine, each with the flags that its suffix stands for."""
+    here = CPU_FLAGS.get(platform.machine(), {})
+    elsewhere = {suffix for levels in CPU_FLAGS.values() for suffix in levels} - here.keys()
+    suffixes = {source: source.stem.rpartition("_")[2] for source in sorted(CSRC.rglob("*.cpp"))}
+    return [(source, here.get(suffix, [])) for source, suffix in suffixes.items() if suffix not in elsewhere]
+
+
+def cuda_sources(archs: list[str]) -> list[tuple[Path, list[str]]]:
+    """CUDA sources for these architectures, each with the code to generate."""
+    # PTX of the newest architecture that later GPUs understand: "90a" runs on 9.0 alone, "80" on 8.0 and all above.
+    portable = max((arch for arch in archs if arch.isdigit()), key=int, default=None)
+    sources = []
+    for source in sorted(CSRC.rglob("*.cu")):
+        only = re.search(r"_sm(\d+[af]?)$", source.stem)
+        codes = {arch: f"sm_{arch}" for arch in archs if not only or only[1] == arch}
+        if portable and not only:
+            codes[portable] = f"[sm_{portable},compute_{portable}]"
+        if codes:
+            sources.append((source, [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes.items()]))
+    return sources
+
+
+def write_ninja(file: Writer, version: str) -> None:
+    """One edge per source file, one that links them all into BUILD/_C.so."""
+    cxx, nvcc = find_cxx(), find_nvcc()
+    archs = find_cuda_archs() if nvcc else []
+    # SGF_CUDA: this build has csrc/cuda/. SGF_SM90A and the like: it has the files named *_sm90a.cu.
+    defines = ["-DSGF_CUDA", *(f"-DSGF_SM{arch.upper()}" for arch in archs)] if nvcc else []
+    # Flags of single files, because a changed command recompiles: pip's build isolation moves the Python headers with
+    # every build, and every commit is a new revision.
+    include_dirs = [pybind11.get_include(), sysconfig.get_path("include")]
+    own_flags = {
+        CSRC / "bindings.cpp": [f"-isystem{path}" for path in include_dirs],
+        CSRC / "build_info.cpp": [f'-DSGF_REVISION="{revision(version)}"', f'-DSGF_CUDA_ARCHS="{";".join(archs)}"'],
+    }
+
+    def rule(name: str, command: list[str], tail: str, **options: str) -> None:
+        file.rule(name, f"{escape(shlex.join(command))} {tail}", description=f"{name} $out", **options)
+
+    file.variable("builddir", str(BUILD))
+    compiling = {"tail": "$flags -MMD -MF $out.d -c $in -o $out", "depfile": "$out.d", "deps": "gcc"}
+    rule("cxx", [cxx, *CXX_FLAGS, *defines, f"-I{CSRC}"], **compiling)
+    if nvcc:
+        rule("nvcc", [nvcc, "-ccbin", cxx, *NVCC_FLAGS, *defines, f"-I{CSRC}"], **compiling)
+    rule("link", [*([nvcc, "-ccbin", cxx, "-cudart=static"] if nvcc else [cxx]), *LINK_FLAGS], "$in -o $out")
+
+    objects = []
+    for name, sources in {"cxx": cpu_sources(), "nvcc": cuda_sources(archs)}.items():
+        for source, flags in sources:
+            flags = escape(shlex.join(flags + own_flags.get(source, [])))
+            objects += file.build(f"{BUILD / source}.o", name, str(source), variables={"flags": flags})
+    file.build(str(BUILD / "_C.so"), "link", objects)
 
 
 class NinjaBuild(build_ext):
-    """Writes build/<python tag>/build.ninja and runs it: parallel, and only what changed is compiled again."""
+    """Builds through ninja: in parallel, and only what changed is compiled again."""
 
     def build_extension(self, ext: Extension) -> None:
-        if platform.system() != "Linux":
-            fail(f"this package builds on Linux, not on {platform.system()}.")
-        folder = Path("build") / (sys.implementation.cache_tag or "native")
-        library = folder / "_C.so"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.write_ninja(folder / "build.ninja", library)
-        import ninja
-
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(folder / "build.ninja")]
-        if subprocess.run(command).returncode:
-            fail("compiling csrc/ failed; the compiler's message stands above.")
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Remove first: writing into a file that a running process has mapped would crash that process.
-        target.unlink(missing_ok=True)
-        shutil.copy(library, target)
-
-    def write_ninja(self, path: Path, library: Path) -> None:
-        import pybind11
-        from ninja.ninja_syntax import Writer
-
-        cxx, nvcc = find_cxx(), find_nvcc()
-        archs = find_cuda_archs() if nvcc else []
-        ptx = max((arch for arch in archs if arch.isdigit()), key=int, default=None)
-        cpu_flags = CPU_FLAGS.get(platform.machine(), {})
-        defines = ["-DSGF_CUDA", *(f"-DSGF_SM{arch.upper()}" for arch in archs)] if nvcc else []
-        includes = [f"-I{CSRC}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
-        baked = {"SGF_REVISION": revision(self.distribution.get_version()), "SGF_CUDA_ARCHS": ";".join(archs)}
-
-        with path.open("w") as file:
-            writer = Writer(file)
-
-            def rule(name: str, command: list[str], tail: str, **options: str) -> None:
-                quoted = shlex.join(command).replace("$", "$$")
-                writer.rule(name, f"{quoted} {tail}", description=f"{name} $out", **options)
-
-            def compile_(name: str, source: Path, flags: list[str]) -> str:
-                out = str(path.parent / source.with_suffix(source.suffix + ".o"))
-                writer.build(out, name, str(source), variables={"flags": shlex.join(flags).replace("$", "$$")})
-                return out
-
-            tail = "$flags -MMD -MF $out.d -c $in -o $out"
-            rule("cxx", [cxx, *CXX_FLAGS, *defines, *includes], tail, depfile="$out.d", deps="gcc")
-            if nvcc:
-                command = [nvcc, "-ccbin", cxx, *NVCC_FLAGS, *defines, f"-I{CSRC}"]
-                rule("nvcc", command, tail, depfile="$out.d", deps="gcc")
-            linker = [nvcc, "-ccbin", cxx, "-cudart=static"] if nvcc else [cxx]
-            rule("link", [*linker, *LINK_FLAGS], "$in -o $out")
-
-            objects = []
-            for source in sorted(CSRC.rglob("*.cpp")):
-                suffix = source.stem.rpartition("_")[2]
-                if suffix in CPU_SUFFIXES - cpu_flags.keys():
-                    continue  # written for another machine
-                flags = [f'-D{name}="{value}"' for name, value in baked.items() if source.stem == "build_info"]
-                objects.append(compile_("cxx", source, flags + cpu_flags.get(suffix, [])))
-            for source in sorted(CSRC.rglob("*.cu")) if nvcc else []:
-                only = re.search(r"_sm(\d+[af]?)$", source.stem)
-                if only and only[1] not in archs:
-                    continue
-                objects.append(compile_("nvcc", source, gencode([only[1]], None) if only else gencode(archs, ptx)))
-            writer.build(str(library), "link", objects)
+        if platform.system() != "Linux" or platform.machine() not in CPU_FLAGS:
+            fail(f"{platform.system()} on {platform.machine()} is not supported; use Linux on x86_64 or aarch64.")
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with (BUILD / "build.ninja").open("w") as file:
+            write_ninja(Writer(file), self.distribution.get_version())
+        if subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-f", BUILD / "build.ninja"]).returncode:
+            fail("csrc/ did not compile; the compiler's message stands above.")
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(BUILD / "_C.so", library)
 
 
 setup(
