@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from io import StringIO
 from pathlib import Path
 from typing import NoReturn
 
@@ -124,8 +125,8 @@ def cuda_sources(archs: list[str]) -> list[tuple[Path, list[str]]]:
     return sources
 
 
-def write_ninja(file: Writer, version: str) -> None:
-    """One edge per source file, one that links them all into BUILD/_C.so."""
+def ninja_file(version: str) -> str:
+    """The build graph: one edge per source file, and one that links them all into BUILD/_C.so."""
     cxx, nvcc = find_cxx(), find_nvcc()
     archs = find_cuda_archs() if nvcc else []
     # SGF_CUDA: this build has csrc/cuda/. SGF_SM90A and the like: it has the files named *_sm90a.cu.
@@ -138,6 +139,9 @@ def write_ninja(file: Writer, version: str) -> None:
         CSRC / "build_info.cpp": [f'-DSGF_REVISION="{revision(version)}"', f'-DSGF_CUDA_ARCHS="{";".join(archs)}"'],
     }
 
+    text = StringIO()
+    file = Writer(text)
+
     def rule(name: str, command: list[str], tail: str, **options: str) -> None:
         file.rule(name, f"{escape(shlex.join(command))} {tail}", description=f"{name} $out", **options)
 
@@ -146,7 +150,9 @@ def write_ninja(file: Writer, version: str) -> None:
     rule("cxx", [cxx, *CXX_FLAGS, *defines, f"-I{CSRC}"], **compiling)
     if nvcc:
         rule("nvcc", [nvcc, "-ccbin", cxx, *NVCC_FLAGS, *defines, f"-I{CSRC}"], **compiling)
-    rule("link", [*([nvcc, "-ccbin", cxx, "-cudart=static"] if nvcc else [cxx]), *LINK_FLAGS], "$in -o $out")
+    # No kernel calls device code of another file, so there is nothing to link on the device side.
+    linker = [nvcc, "-ccbin", cxx, "-cudart=static", "-nodlink"] if nvcc else [cxx]
+    rule("link", [*linker, *LINK_FLAGS], "$in -o $out")
 
     objects = []
     for name, sources in {"cxx": cpu_sources(), "nvcc": cuda_sources(archs)}.items():
@@ -154,6 +160,7 @@ def write_ninja(file: Writer, version: str) -> None:
             flags = escape(shlex.join(flags + own_flags.get(source, [])))
             objects += file.build(f"{BUILD / source}.o", name, str(source), variables={"flags": flags})
     file.build(str(BUILD / "_C.so"), "link", objects)
+    return text.getvalue()
 
 
 class NinjaBuild(build_ext):
@@ -162,9 +169,9 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if platform.system() != "Linux" or platform.machine() not in CPU_FLAGS:
             fail(f"{platform.system()} on {platform.machine()} is not supported; use Linux on x86_64 or aarch64.")
+        graph = ninja_file(self.distribution.get_version())
         BUILD.mkdir(parents=True, exist_ok=True)
-        with (BUILD / "build.ninja").open("w") as file:
-            write_ninja(Writer(file), self.distribution.get_version())
+        (BUILD / "build.ninja").write_text(graph)
         if subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-f", BUILD / "build.ninja"]).returncode:
             fail("csrc/ did not compile; the compiler's message stands above.")
         library = Path(self.get_ext_fullpath(ext.name))

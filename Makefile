@@ -1,0 +1,51 @@
+# Everything runs in .venv, created on first use. PYTHON chooses the interpreter (3.11 or newer) that creates it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# One pip command for the package and everything it needs, so that the pinned torch is the only one that is downloaded.
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(NATIVE)
+
+.PHONY: help quickstart test test-slow wheel format clean
+
+help:  ## list these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+quickstart: $(VENV)/.installed  ## install the package and slice a first model
+	$(BIN)/slicegpt-fast quickstart
+
+test: $(VENV)/.installed-test  ## check style and types, then run the fast tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy slicegpt_fast
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-test  ## run the tests that `make test` leaves out
+	$(BIN)/pytest -m slow
+
+wheel: | $(BIN)/python  ## build a wheel for this Python into dist/
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+format: $(VENV)/.installed-test  ## put all sources into the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean:  ## remove everything built, but not .venv
+	rm -rf build dist *.egg-info slicegpt_fast/_C.*.so $(VENV)/.installed*
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# The stamps: pip runs again only when something changed that an editable install does not pick up by itself.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(INSTALLED_FROM) | $(BIN)/python
+	$(INSTALL) .
+	touch $@
+
+$(VENV)/.installed-test: $(INSTALLED_FROM) | $(BIN)/python
+	$(INSTALL) '.[test]'
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,237 @@
+"""The native extension and the packages built around it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from slicegpt_fast import _C, native, triton_kernels
+
+ROOT = Path(__file__).parent.parent
+ISAS = _C.cpu_isa_names()
+
+# Loads the extension from its file alone: no package around it, so no torch either.
+LOAD_C = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+assert "torch" not in sys.modules
+"""
+
+
+def run(*command: str | Path, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=240, **options)
+
+
+def output(*command: str | Path, **options) -> str:
+    done = run(*command, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without the variables that the build and the extension read, then `changes`."""
+    own = {"CXX", "CUDACXX", "CUDA_HOME", "PYTHONPATH"}
+    kept = {name: value for name, value in os.environ.items() if name not in own and "SLICEGPT_FAST" not in name}
+    return kept | changes
+
+
+class TestExtension:
+    def test_build_info(self):
+        info = native.build_info()
+        assert re.match(r"(GCC|Clang|.*clang) \d+", info.compiler, re.IGNORECASE)
+        assert info.revision
+        assert bool(info.cuda_archs) == bool(info.cuda_compiler) == hasattr(_C, "cuda_probe")
+        assert all(re.fullmatch(r"\d+[af]?", arch) for arch in info.cuda_archs)
+
+    def test_shares_no_library_with_torch_and_exports_no_cuda(self):
+        assert not re.search(r"NEEDED.*(cuda|cudart|torch|c10|python)", output("readelf", "-dW", _C.__file__))
+        assert not re.search(r" cu(da)?[A-Z]\w*", output("readelf", "--dyn-syms", "-W", _C.__file__))
+
+    @pytest.mark.skipif(not native.build_info().cuda_compiler, reason="built without CUDA")
+    def test_holds_code_for_the_reported_archs(self):
+        triton = pytest.importorskip("triton")
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        compiled = set(re.findall(r"sm_(\d+[af]?)\.cubin", output(cuobjdump, "--list-elf", _C.__file__)))
+        assert compiled == set(native.build_info().cuda_archs)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not native.build_info().cuda_compiler, reason="built without CUDA")
+    def test_probe_runs_code_for_this_gpu(self):
+        out = torch.zeros(2, dtype=torch.int32, device="cuda")
+        _C.cuda_probe(out.data_ptr(), 96, torch.cuda.current_stream().cuda_stream)
+        threads, arch = out.tolist()
+        major, minor = torch.cuda.get_device_capability()
+        assert threads == 96
+        assert arch in {int(re.sub(r"\D", "", arch)) * 10 for arch in native.build_info().cuda_archs}
+        assert arch <= 100 * major + 10 * minor
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not native.build_info().cuda_compiler, reason="built without CUDA")
+    def test_a_failed_launch_says_why(self):
+        with pytest.raises(RuntimeError, match="invalid configuration argument"):
+            _C.cuda_probe(0, 1 << 20, torch.cuda.current_stream().cuda_stream)
+
+
+class TestCpuIsa:
+    def test_features_are_those_that_linux_reports(self):
+        reported = set(re.search(r"^(?:flags|Features)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+        known = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
+        known |= {"bf16", "sve", "svebf16"}
+        found = set(native.cpu_features())
+        assert found - {"amx_tile", "amx_bf16"} == reported & known
+        assert found <= reported  # a sandbox may refuse the AMX tiles of a CPU that has them
+
+    @pytest.mark.parametrize("cap", ["", *ISAS])
+    def test_is_the_strongest_below_the_cap(self, cap):
+        def chosen(cap):
+            command = (sys.executable, "-c", LOAD_C + "print(_C.cpu_isa())", _C.__file__)
+            return output(*command, env=environment(SLICEGPT_FAST_CPU_ISA=cap))
+
+        assert ISAS[0] == "baseline"
+        assert ISAS.index(chosen(cap)) == min(ISAS.index(cap or ISAS[-1]), ISAS.index(chosen("")))
+
+    def test_unknown_cap(self):
+        done = run(
+            *(sys.executable, "-c", "from slicegpt_fast.native import cpu_isa; cpu_isa()"),
+            env=environment(SLICEGPT_FAST_CPU_ISA="sse9"),
+        )
+        assert done.stderr.strip().splitlines()[-1] == (
+            "slicegpt_fast.errors.InputError: SLICEGPT_FAST_CPU_ISA names no instruction set of this machine; "
+            f"unset it or set it to one of {', '.join(ISAS)}."
+        )
+
+
+def test_triton_kernels_is_no_top_level_package(tmp_path):
+    assert triton_kernels.__name__ == "slicegpt_fast.triton_kernels"
+    find = "import importlib.util as u; spec = u.find_spec('triton_kernels'); print(spec.origin if spec else '')"
+    assert output(sys.executable, "-c", find, cwd=tmp_path) != triton_kernels.__file__
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory) -> Path:
+    """The unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    output(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, cwd=ROOT)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def tools(tmp_path) -> Path:
+    """A folder for PATH that holds a C++ compiler and nothing else."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name in ("c++", "as", "ld"):
+        (folder / name).symlink_to(shutil.which(name))
+    return folder
+
+
+class TestSetup:
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            ({"PATH": ""}, "no C++ compiler found; install g++ or clang++, or set CXX to a compiler's path."),
+            ({"SLICEGPT_FAST_CUDA": "yes"}, "SLICEGPT_FAST_CUDA is 'yes'; set it to auto, 0 or 1."),
+            (
+                {"SLICEGPT_FAST_CUDA": "1"},
+                "SLICEGPT_FAST_CUDA is 1, but no CUDA compiler was found; set CUDACXX to nvcc's path.",
+            ),
+            ({"CUDACXX": "/no/nvcc"}, "CUDACXX is '/no/nvcc', which cannot be run; set it to nvcc's path."),
+            (
+                {"CUDACXX": sys.executable, "SLICEGPT_FAST_CUDA_ARCHS": "80,90"},
+                "SLICEGPT_FAST_CUDA_ARCHS contains '80,90'; write architectures like 80;90a.",
+            ),
+        ],
+    )
+    def test_says_what_is_wrong(self, variables, message, tools, tmp_path):
+        for name in ("setup.py", "pyproject.toml"):
+            shutil.copy(ROOT / name, tmp_path)
+        done = run(
+            *(sys.executable, "setup.py", "-q", "build_ext"), cwd=tmp_path, env=environment(PATH=str(tools)) | variables
+        )
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1] == f"error: slicegpt-fast: {message}"
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "build").exists()
+
+    @pytest.mark.slow
+    def test_compiles_only_what_changed(self, sdist, tmp_path):
+        tree = shutil.copytree(sdist, tmp_path / "tree")
+        build = (sys.executable, "setup.py", "-q", "build_ext")
+        env = environment(SLICEGPT_FAST_CUDA="0")
+        assert "cxx" in output(*build, cwd=tree, env=env)
+        assert "cxx" not in output(*build, cwd=tree, env=env)
+        (tree / "csrc/status.cpp").touch()
+        assert re.findall(r"csrc/\w+\.cpp", output(*build, cwd=tree, env=env)) == ["csrc/status.cpp"]
+        (tree / "csrc/slicegpt_fast.h").touch()
+        assert "csrc/cpu/isa.cpp" in output(*build, cwd=tree, env=env)
+
+    @pytest.mark.slow
+    def test_a_file_name_chooses_what_a_kernel_is_compiled_for(self, sdist, tmp_path):
+        tree = shutil.copytree(sdist, tmp_path / "tree")
+        level = ISAS[1]
+        other = "svebf16" if level == "avx2" else "avx2"
+        feature = {"avx2": "__AVX2__", "neonbf16": "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC"}[level]
+        (tree / f"csrc/cpu/probe_{level}.cpp").write_text(f"#ifndef {feature}\n#error\n#endif\n")
+        (tree / f"csrc/cpu/probe_{other}.cpp").write_text("#error\n")
+        (tree / "csrc/cpu/probe_plain.cpp").write_text(f"#ifdef {feature}\n#error\n#endif\n")
+        output(sys.executable, "setup.py", "-q", "build_ext", cwd=tree, env=environment(SLICEGPT_FAST_CUDA="0"))
+
+    @pytest.mark.slow
+    def test_a_compile_error_stops_the_build(self, sdist, tmp_path):
+        tree = shutil.copytree(sdist, tmp_path / "tree")
+        (tree / "csrc/status.cpp").write_text("#error on purpose\n")
+        build = (sys.executable, "setup.py", "-q", "build_ext")
+        done = run(*build, cwd=tree, env=environment(SLICEGPT_FAST_CUDA="0"))
+        assert "#error on purpose" in done.stdout
+        assert done.stderr.strip().endswith("csrc/ did not compile; the compiler's message stands above.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cuda", [False, True], ids=["without CUDA", "with CUDA"])
+def test_wheel(cuda, sdist, tools, tmp_path):
+    """A wheel built without torch, in an environment that holds nothing else."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if cuda and not nvcc:
+        pytest.skip("needs a CUDA compiler")
+    poison = tmp_path / "poison"
+    poison.mkdir()
+    (poison / "torch.py").write_text("raise ImportError('the build must not need torch')")
+
+    env = environment(PYTHONPATH=str(poison))
+    if cuda:
+        env |= {"CUDACXX": nvcc, "SLICEGPT_FAST_CUDA_ARCHS": "80"}
+    else:
+        env |= {"PATH": str(tools)}  # and SLICEGPT_FAST_CUDA unset, which is auto
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    tree = shutil.copytree(sdist, tmp_path / "tree")
+    output(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, tree, env=env)
+    wheel = next(tmp_path.glob("slicegpt_fast-*.whl"))
+
+    top_level = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert top_level == {"slicegpt_fast", wheel.name.partition("-cp")[0] + ".dist-info"}
+    packaged = zipfile.ZipFile(wheel).namelist()
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "slicegpt_fast").rglob("*.py")}
+    expected |= {f"slicegpt_fast/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").rglob("*.py")}
+    expected |= {"slicegpt_fast/_C.pyi", "slicegpt_fast/py.typed"}
+    assert expected <= set(packaged)
+
+    python = tmp_path / "env/bin/python"
+    output(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env")
+    output(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    library = next((tmp_path / "env").rglob("slicegpt_fast/_C.*.so"))
+    info = eval(output(python, "-c", LOAD_C + "print(_C.build_info())", library, env=environment()))
+    assert info["cuda_archs"] == ("80" if cuda else "")
+    assert bool(info["cuda_compiler"]) == cuda
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["revision"])  # an sdist knows its release, not its commit
+    assert not re.search(r"NEEDED.*cuda", output("readelf", "-dW", library))
