@@ -119,6 +119,7 @@ def vector_width(*matrices: torch.Tensor | None) -> int:
 
 
 def fits_tma(*matrices: torch.Tensor | None) -> bool:
-    """True where the tensor memory accelerator can read tiles of all these matrices."""
+    """True where the tensor memory accelerator can and should read tiles of all these matrices: aligned and 16-bit."""
     present = [x for x in matrices if x is not None]
-    return vector_width(*present) > 1 and all(x.stride(0) >= x.shape[1] for x in present)
+    two_bytes = all(x.element_size() == 2 for x in present)
+    return two_bytes and vector_width(*present) > 1 and all(x.stride(0) >= x.shape[1] for x in present)

@@ -53,11 +53,16 @@ class Rates:
 # Keyed on the major compute capability.
 RATES = {8: Rates(2048, 40), 9: Rates(4096, 40), 10: Rates(8192, 64)}
 TILES = {
-    8: (Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 4, 4), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4)),
+    8: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4)),
     9: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5)),
-    10: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5)),
+    10: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
 }
-FP32_TILES = (Tile(64, 64, 32, 4, 3),)  # fp32 runs on the FMA units, where larger tiles only spill
+DECODE_TILES = (Tile(16, 64, 128, 4, 4), Tile(16, 128, 64, 4, 4))
+# For fp32, which runs on the FMA units, and for rows that are not 16-byte aligned, which load element by element.
+SMALL_TILES = (Tile(64, 64, 32, 4, 3),)
+SMALL_DECODE_TILES = (Tile(16, 64, 64, 4, 3),)
+# Epilogues that need registers (erf, the gate's split, the added residual): at most 64 accumulators per thread then.
+HEAVY_EPILOGUES = {8: ("gelu",), 9: ("gelu", "low rank"), 10: ("gelu", "silu_gate", "add", "low rank")}
 TILE_OVERHEAD = 2000  # clocks to fill the pipeline and write a tile out
 
 
@@ -66,15 +71,44 @@ def generation(gpu: Gpu) -> int:
     return max((major for major in TILES if major <= gpu.capability[0]), default=min(TILES))
 
 
-def tiles_for(gpu: Gpu, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """Every tile that may be used for ``dtype`` on ``gpu``."""
-    return FP32_TILES if dtype == torch.float32 else TILES[generation(gpu)]
+def tiles_for(gpu: Gpu, dtype: torch.dtype, m: int, aligned: bool, epilogue: str | None) -> tuple[Tile, ...]:
+    """Every tile that may be used for ``m`` rows on ``gpu``.
+
+    ``aligned``: rows load in vectors of 16 bytes. ``epilogue``: the activation, or the kind of shortcut.
+    """
+    large = aligned and dtype != torch.float32
+    if m <= DECODE_ROWS:
+        return DECODE_TILES if large else SMALL_DECODE_TILES
+    tiles = TILES[generation(gpu)] if large else SMALL_TILES
+    most = 64 if epilogue in HEAVY_EPILOGUES[generation(gpu)] else 128
+    return tuple(tile for tile in tiles if tile.m * tile.n <= most * 32 * tile.warps)
+
+
+def programs(gpu: Gpu, tile: Tile, element_size: int) -> int:
+    """Programs with this tile that ``gpu`` runs at once: one per SM, or two where their operand buffers fit."""
+    buffers = tile.stages * (tile.m + tile.n) * tile.k * element_size
+    return gpu.sms * max(1, min(2, gpu.shared_memory // buffers))
+
+
+@lru_cache(maxsize=4096)
+def choose_split(gpu: Gpu, tile: Tile, tiles: int, k: int) -> tuple[int, int]:
+    """Programs that share one decode tile's K, and the K of each: enough to keep every SM streaming, in full waves."""
+    steps = -(-k // tile.k)
+
+    def time(split: int) -> float:
+        waves = -(-tiles * split // (2 * gpu.sms))
+        return waves * -(-steps // split) + (2 + 0.5 * split if split > 1 else 0)  # in K steps
+
+    split = min((split for split in (1, 2, 4, 8, 16) if split <= steps), key=time)
+    split_steps = -(-steps // split)
+    return -(-steps // split_steps), split_steps * tile.k
 
 
 def clocks(gpu: Gpu, tile: Tile, m: int, n: int, k: int) -> float:
     """The wave model's estimate for an [m, n] output with K = k."""
     rates = RATES[generation(gpu)]
-    waves = -(-(-(-m // tile.m) * -(-n // tile.n)) // gpu.sms)
+    tiles = -(-m // tile.m) * -(-n // tile.n)
+    waves = -(-tiles // gpu.sms)
     step = max(2 * tile.m * tile.n * tile.k / rates.flops, 2 * (tile.m + tile.n) * tile.k / rates.l2_bytes)
     return waves * (-(-k // tile.k) * step + TILE_OVERHEAD)
 
@@ -86,12 +120,15 @@ def bucket(dtype: torch.dtype, m: int, n: int, k: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def choose_tile(gpu: Gpu, op: str, dtype: torch.dtype, m: int, n: int, k: int) -> Tile:
-    """The measured tile for this shape where there is one, else the wave model's choice."""
+def choose_tile(
+    gpu: Gpu, op: str, dtype: torch.dtype, m: int, n: int, k: int, aligned: bool, epilogue: str | None
+) -> Tile:
+    """The measured tile for this shape where there is one, else the first for decode, else the wave model's choice."""
+    allowed = tiles_for(gpu, dtype, m, aligned, epilogue)
     measured = tuned(gpu, op, bucket(dtype, m, n, k))
-    if measured is not None and "tile" in measured:
+    if measured is not None and Tile(**measured["tile"]) in allowed:
         return Tile(**measured["tile"])
-    return min(tiles_for(gpu, dtype), key=lambda tile: clocks(gpu, tile, m, n, k))
+    return allowed[0] if m <= DECODE_ROWS else min(allowed, key=lambda tile: clocks(gpu, tile, m, n, k))
 
 
 def user_table() -> Path:
@@ -106,7 +143,7 @@ def _tables() -> tuple[dict[str, Any], ...]:
 
 
 def tuned(gpu: Gpu, op: str, shape_bucket: str) -> dict[str, Any] | None:
-    """What was measured for this bucket: ``kernel_us``, ``reference_us`` and, for a tiled kernel, ``tile``."""
+    """What was measured for this bucket: ``kernel_us`` with the best ``tile``, and torch's ``reference_us``."""
     for table in _tables():
         entry = table.get(gpu.name, {}).get(op, {}).get(shape_bucket)
         if entry is not None:
@@ -114,13 +151,11 @@ def tuned(gpu: Gpu, op: str, shape_bucket: str) -> dict[str, Any] | None:
     return None
 
 
-def record(gpu: Gpu, op: str, shape_bucket: str, kernel_us: float, reference_us: float, tile: Tile | None) -> None:
+def record(gpu: Gpu, op: str, shape_bucket: str, tile: Tile, kernel_us: float, reference_us: float) -> None:
     """Adds a measurement to the user's table, written beside it and renamed."""
     path = user_table()
     table = json.loads(path.read_text()) if path.is_file() else {}
-    entry: dict[str, Any] = {"kernel_us": round(kernel_us, 2), "reference_us": round(reference_us, 2)}
-    if tile is not None:
-        entry["tile"] = asdict(tile)
+    entry = {"tile": asdict(tile), "kernel_us": round(kernel_us, 2), "reference_us": round(reference_us, 2)}
     table.setdefault(gpu.name, {}).setdefault(op, {})[shape_bucket] = entry
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")

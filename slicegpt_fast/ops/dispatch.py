@@ -23,6 +23,7 @@ from slicegpt_fast.errors import InputError
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SLICEGPT_FAST_BACKEND"
+DECODE_ROWS = 16  # up to this many rows a matmul is bound by streaming its weight
 HALF = (torch.float16, torch.bfloat16)
 
 LIBRARY = torch.library.Library("slicegpt_fast", "DEF")

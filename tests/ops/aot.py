@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from slicegpt_fast.triton_kernels import covariance
+from slicegpt_fast.triton_kernels import covariance, norm_linear, residual_linear, tiles
 from slicegpt_fast.triton_kernels.launch import Gpu
 
 GPUS = {
@@ -29,7 +30,7 @@ GPUS = {
     "sm_90": Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024),
     "sm_100": Gpu("NVIDIA B200", (10, 0), 148, 227 * 1024),
 }
-MODULES = (covariance,)
+MODULES = (covariance, norm_linear, residual_linear)
 
 
 class _Driver:
@@ -106,12 +107,42 @@ def covariance_cases(gpu: Gpu, dtype: torch.dtype, everything: bool) -> Iterator
             yield f"covariance_ D={width} {name}", partial(covariance.covariance_, acc, x, *extra), "partial_tiles"
 
 
-CASES = (covariance_cases,)
+def norm_linear_cases(gpu: Gpu, dtype: torch.dtype, everything: bool) -> Iterator[Case]:
+    activations = (None, "relu", "gelu", "gelu_tanh", "silu_gate") if everything else ("silu_gate",)
+    for M, d, activation in product((16, 4096), (2872, 2871) if everything else (2872,), activations):
+        kernel = "norm_linear_decode" if M == 16 else "norm_linear_prefill"
+        h, sumsq = torch.empty(M, d, dtype=dtype), torch.empty(M)
+        bias = torch.empty(4096, dtype=dtype)
+        plain = torch.empty(4096, d, dtype=dtype)
+        with_unscaled = torch.empty(4096 + 64, d, dtype=dtype)
+        for tile in tiles.tiles_for(gpu, dtype, M, d == 2872, activation):
+            name = f"norm_linear M={M} d={d} {activation} {tile}"
+            run = partial(norm_linear.norm_linear, eps=1e-5, full_width=4096, activation=activation, tile=tile)
+            yield name, partial(run, h, plain, None, sumsq=sumsq, unscaled=0), kernel
+            yield name, partial(run, h, with_unscaled, bias, sumsq=None, unscaled=64), kernel
+
+
+def residual_linear_cases(gpu: Gpu, dtype: torch.dtype, everything: bool) -> Iterator[Case]:
+    for M, d in product((16, 4096), (2872, 2871) if everything else (2872,)):
+        kernel = "residual_linear_decode" if M == 16 else "residual_linear_prefill"
+        a, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((M, 4096), (d, 4096), (d,)))
+        h, t, S, V = (torch.empty(shape, dtype=dtype) for shape in ((M, d), (M, 64), (d, d), (64, d)))
+        shortcuts = {"dense": dict(bias=bias, residual=None, a2=h, weight2=S)}
+        if everything:
+            shortcuts["add"] = dict(bias=None, residual=h, a2=None, weight2=None)
+            shortcuts["low rank"] = dict(bias=bias, residual=h, a2=t, weight2=V)
+        for shortcut, rest in shortcuts.items():
+            for tile in tiles.tiles_for(gpu, dtype, M, d == 2872, shortcut):
+                run = partial(residual_linear.residual_linear, a, weight, **rest, tile=tile)
+                yield f"residual_linear M={M} d={d} {shortcut} {tile}", run, kernel
+
+
+CASES = (covariance_cases, norm_linear_cases, residual_linear_cases)
 
 
 def problems(gpu: Gpu, dtype: torch.dtype, mma_kernel: str, kernel: Compiled) -> Iterator[str]:
     """What is wrong with a compiled kernel."""
-    if kernel.spilled_bytes:
+    if kernel.spilled_bytes and dtype != torch.float32:
         yield f"{kernel.spilled_bytes} bytes spilled ({kernel.registers} registers)"
     if kernel.shared_memory > gpu.shared_memory:
         yield f"{kernel.shared_memory} bytes of shared memory"
