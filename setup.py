@@ -62,10 +62,10 @@ def fail(message: str) -> NoReturn:
 
 
 def find_cxx() -> str:
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
-        if path := shutil.which(name):
-            return path
-    fail("no C++ compiler found; install g++ or clang++, or set CXX to a compiler's path.")
+    if cxx := os.environ.get("CXX"):
+        return shutil.which(cxx) or fail(f"CXX is {cxx!r}, which cannot be run; set it to a C++ compiler's path.")
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return found or fail("no C++ compiler found; install g++ or clang++, or set CXX to a C++ compiler's path.")
 
 
 def find_nvcc() -> str | None:
