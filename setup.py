@@ -34,8 +34,9 @@ BUILD = Path("build", sys.implementation.cache_tag or "native")
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # -DNDEBUG matters on the device too: with asserts compiled in, nvcc serialises asynchronous tensor-core instructions.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-# The CUDA runtime is linked in and its symbols are kept private, so that it cannot meet the one that torch loads.
-LINK_FLAGS = ["-shared", "-Xlinker", "--exclude-libs=ALL"]
+# The CUDA runtime is linked in and its symbols are kept private, so that it cannot meet the one that torch loads. No
+# kernel calls device code of another file, so there is nothing to link on the device side.
+NVCC_LINK_FLAGS = ["-cudart=static", "-Xlinker", "--exclude-libs=ALL", "-nodlink"]
 
 # File-name suffix -> compiler flags, weakest instruction set first. csrc/cpu/isa.cpp holds the same levels with the
 # CPU features that each one needs at run time; flags and features must agree.
@@ -150,9 +151,8 @@ def ninja_file(version: str) -> str:
     rule("cxx", [cxx, *CXX_FLAGS, *defines, f"-I{CSRC}"], **compiling)
     if nvcc:
         rule("nvcc", [nvcc, "-ccbin", cxx, *NVCC_FLAGS, *defines, f"-I{CSRC}"], **compiling)
-    # No kernel calls device code of another file, so there is nothing to link on the device side.
-    linker = [nvcc, "-ccbin", cxx, "-cudart=static", "-nodlink"] if nvcc else [cxx]
-    rule("link", [*linker, *LINK_FLAGS], "$in -o $out")
+    linker = [nvcc, "-ccbin", cxx, *NVCC_LINK_FLAGS] if nvcc else [cxx]
+    rule("link", [*linker, "-shared"], "$in -o $out")
 
     objects = []
     for name, sources in {"cxx": cpu_sources(), "nvcc": cuda_sources(archs)}.items():
