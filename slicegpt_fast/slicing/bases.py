@@ -1,8 +1,8 @@
 """Find the bases of a plan: run the calibration tokens through the dense model, layer by layer, and take the PCA.
 
 Slicing a site means projecting the stream onto the span of its basis, so the effect of a slice on everything after it
-is had from the dense model with ``h <- h Q Q^T`` at that site. A basis known when the stream reaches its site is applied
-at once: later bases are then fitted to what the sliced model will really see, as in the published algorithm. A basis
+is had from the dense model with ``h <- h Q Q^T`` at that site. A basis known when the stream reaches its site is put to
+use at once: later bases are fitted to what the sliced model will really see, as in the published algorithm. A basis
 that several sites share is fitted to the dense model's stream.
 """
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import architecture_of, at
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
-from slicegpt_fast.slicing.layers import branch, rstd
+from slicegpt_fast.slicing.layers import norm_eps, rstd, run_sublayer
 from slicegpt_fast.slicing.plan import SlicePlan
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -71,8 +71,8 @@ def find_bases(
         InputError: no or too few tokens, token ids beyond the vocabulary, or activations that are not finite.
     """
     architecture = architecture_of(model)
-    full, eps = plan.full_width, getattr(model.config, architecture.norm_eps)
-    device = at(model, architecture.embeddings).weight.device
+    full = plan.full_width
+    device = at(model, architecture.embeddings[0]).weight.device
     batches = [_checked(batch, index, model.config.vocab_size, device) for index, batch in enumerate(calibration)]
     counted = [batch["attention_mask"].bool().flatten() for batch in batches]
     tokens = sum(int(mask.sum()) for mask in counted)
@@ -90,19 +90,26 @@ def find_bases(
         spectra, matrices = [], []
         sites = [*architecture.sites(model), None]  # None: the final norm, which has no sublayer
         for site, place in enumerate(tqdm(sites, desc="calibrating", unit="site", disable=not progress)):
+            if architecture.centered:
+                streams = [stream - stream.mean(-1, keepdim=True) for stream in streams]
+            if place:
+                index, layer, sublayer = place
+                parent, norm = f"{architecture.layers}.{index}.", sublayer.branches[0].norm
+            else:
+                parent, norm = "", architecture.final_norm
             opens_group = site == 0 or plan.has_shortcut(site - 1)
             closes_group = place is None or plan.has_shortcut(site)
             if opens_group:
                 covariance = torch.zeros(full, full, dtype=torch.float64, device=device)
+            eps = norm_eps(at(model, parent + norm))
             for stream, mask in zip(streams, counted, strict=True):
                 rows = stream.flatten(0, 1)
                 scale = rstd(rows, full, eps).squeeze(1) if plan.signal == "normalized" else None
                 covariance_(covariance, rows, scale, mask)
             if not covariance.diagonal().isfinite().all():
-                where = f"{architecture.layers}.{place[0]}.{place[2].module}" if place else architecture.final_norm
                 raise InputError(
-                    f"the activations entering {where} are not finite in {model.dtype}: check the weights, or load the "
-                    "model in a wider dtype."
+                    f"the activations entering {parent}{norm} are not finite in {model.dtype}: check the weights, or "
+                    "load the model in a wider dtype."
                 )
             if closes_group:
                 values, vectors = principal_components(covariance)
@@ -112,9 +119,8 @@ def find_bases(
                 projection = (matrices[-1] @ matrices[-1].T).to(model.dtype)
                 streams = [stream @ projection for stream in streams]
             if place:
-                index, layer, sublayer = place
                 for i, arguments in enumerate(layer_arguments):
-                    streams[i] = streams[i] + branch(layer, sublayer, streams[i], **arguments[index])
+                    streams[i] = streams[i] + run_sublayer(layer, sublayer, streams[i], **arguments[index])[0]
     finally:
         model.train(training)
     return Bases(plan, tuple(matrices), torch.stack(spectra), tokens)
@@ -154,10 +160,12 @@ def _enter(model: PreTrainedModel, layers: list[nn.Module], batch: dict[str, Ten
     streams: list[Tensor] = []
     layer_arguments: list[dict[str, Any]] = []
 
-    def stub(hidden_states: Tensor, *_: Any, **arguments: Any) -> Tensor:
+    architecture = architecture_of(model)
+
+    def stub(hidden_states: Tensor, *positional: Any, **arguments: Any) -> Any:
         streams.append(hidden_states)
-        layer_arguments.append(arguments)
-        return hidden_states
+        layer_arguments.append(arguments | dict(zip(architecture.positional, positional, strict=False)))
+        return (hidden_states, None) if architecture.returns_tuple else hidden_states
 
     inputs = dict(batch)
     if not batch["attention_mask"].all():

@@ -5,6 +5,7 @@ that transformers lets other packages own. On loading, transformers builds the d
 quantizer registered here, which narrows it, and fills it from safetensors.
 """
 
+import math
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -102,6 +103,8 @@ class SliceQuantizer(HfQuantizer):
 def check_weights(model: PreTrainedModel, files: list[str]) -> None:
     """Hold the tensors of safetensors ``files`` against the parameters of ``model``, reading headers only.
 
+    transformers stores some tensors under other names or split (experts), so what is missing is found by counting.
+
     Raises:
         InputError: a file is damaged, a tensor is missing or has another shape.
     """
@@ -109,14 +112,17 @@ def check_weights(model: PreTrainedModel, files: list[str]) -> None:
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                stored.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118  not a dict
+                for name in tensors.keys():  # noqa: SIM118  not a dict
+                    stored[name] = tuple(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
             raise InputError(f"{file} is damaged ({error}): copy or write the checkpoint again.") from error
-    for name, parameter in model.state_dict().items() if files else ():
-        if name not in stored:
-            raise InputError(f"the checkpoint lacks {name}: copy or write it again.")
-        if stored[name] != tuple(parameter.shape):
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in stored.keys() & expected.keys():
+        if stored[name] != expected[name]:
             raise InputError(
-                f"the checkpoint's {name} has shape {stored[name]}, its config asks for {tuple(parameter.shape)}: "
-                "the files do not belong together."
+                f"the checkpoint's {name} has shape {stored[name]}, its config asks for {expected[name]}: the files do "
+                "not belong together."
             )
+    if files and sum(map(math.prod, stored.values())) < sum(map(math.prod, expected.values())):
+        missing = sorted(expected.keys() - stored.keys())
+        raise InputError(f"the checkpoint lacks weights (such as {missing[0]}): copy or write it again.")

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Architecture, architecture_of, at
+from slicegpt_fast.architectures import Architecture, architecture_of, at, weights
 from slicegpt_fast.errors import InputError
 
 Basis = Literal["per-norm", "shared"]
@@ -76,6 +75,10 @@ def make_plan(
         if basis == "shared":
             return SlicePlan(basis, signal, full, (width,) * sites, (0,) * sites)
         widths = (width,) * (sites - 1) + (width if slice_head else full,)
+        if architecture.keeps_width and len(set(widths)) > 1:
+            raise InputError(
+                f"the code of {model.config.model_type} models holds the stream to one width: use slice_head=True."
+            )
         return SlicePlan(basis, signal, full, widths, tuple(range(sites)))
 
     if sparsity is not None:
@@ -116,23 +119,32 @@ def block_parameters(model: PreTrainedModel) -> int:
 def parameter_counter(model: PreTrainedModel, architecture: Architecture) -> Callable[[SlicePlan], int]:
     """Return a function that counts the decoder blocks' stored parameters after slicing the dense ``model`` by a plan.
 
-    With r_s readers' rows, w_s writers' columns (one more for a bias) at site s, the blocks store
+    With r_s readers' rows and w_s writers' columns (one more for a bias) at site s, the blocks store
     ``fixed + sum_s r_s d_s + w_s d_{s+1} + [shortcut] d_s d_{s+1}``.
     """
     full = model.config.hidden_size
-    readers, writers = [], []
+    rows, columns = [], []
     fixed = block_parameters(model)
     for _, layer, sublayer in architecture.sites(model):
-        readers.append(sum(at(layer, reader).out_features for reader in sublayer.readers))
-        writer = at(layer, sublayer.writer)
-        writers.append(writer.in_features + (writer.bias is not None))
-        fixed -= (readers[-1] + writers[-1] + 1) * full  # the one is the norm's weight, folded away
+        rows.append(0)
+        columns.append(0)
+        for branch in sublayer.branches:
+            norm_bias = getattr(at(layer, branch.norm), "bias", None)
+            for reader in weights(layer, branch.readers):
+                rows[-1] += reader.matrix.numel() // full
+                if norm_bias is not None and reader.bias is None:
+                    fixed += reader.matrix.shape[-2]
+            for writer in weights(layer, branch.writers):
+                columns[-1] += writer.matrix.numel() // full + (writer.bias is not None)
+        for norm in {branch.norm for branch in sublayer.branches}:
+            fixed -= sum(parameter.numel() for parameter in at(layer, norm).parameters())
+    fixed -= (sum(rows) + sum(columns)) * full
 
     def count(plan: SlicePlan) -> int:
         total = fixed
-        for site, (rows, columns) in enumerate(zip(readers, writers, strict=True)):
+        for site, (reading, writing) in enumerate(zip(rows, columns, strict=True)):
             width, following = plan.widths[site], plan.widths[site + 1]
-            total += rows * width + columns * following + plan.has_shortcut(site) * width * following
+            total += reading * width + writing * following + plan.has_shortcut(site) * width * following
         return total
 
     return count
@@ -170,10 +182,11 @@ def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"{name} has dtype {parameter.dtype}: load the model in float32, bfloat16 or float16.")
     for index, layer, sublayer in architecture.sites(model):
-        for path in (*sublayer.readers, sublayer.writer):
-            linear = at(layer, path)
-            if type(linear) is not nn.Linear:
-                raise InputError(
-                    f"{architecture.layers}.{index}.{path} is a {type(linear).__module__}.{type(linear).__name__}, "
-                    "not a plain torch.nn.Linear: merge adapters before slicing."
-                )
+        for branch in sublayer.branches:
+            for weight in weights(layer, branch.readers + branch.writers):
+                if weight.name not in weight.owner._parameters:
+                    kind = type(weight.owner)
+                    raise InputError(
+                        f"{architecture.layers}.{index}.{branch.modules[0]} holds a {kind.__module__}.{kind.__name__}, "
+                        "not a plain linear layer: merge adapters before slicing."
+                    )
