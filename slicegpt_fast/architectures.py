@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -297,6 +299,11 @@ def architecture_of(model: Any) -> Architecture:
         raise InputError(
             f"model type {config.model_type!r} is not supported: slicegpt-fast slices the decoder-only families "
             f"{', '.join(ARCHITECTURES)}."
+        )
+    if row is not LLAMA and Version(transformers.__version__) < Version("5.17"):
+        raise InputError(
+            f"model type {config.model_type!r} needs transformers 5.17 or newer, this is {transformers.__version__}: "
+            "upgrade it."
         )
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
         raise InputError(
