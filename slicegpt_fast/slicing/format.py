@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.layers import narrow_
-from slicegpt_fast.slicing.plan import Basis, Signal, SlicePlan, check_plan
+from slicegpt_fast.slicing.plan import Basis, Shortcut, Signal, SlicePlan, check_plan
 
 METHOD = "slicegpt"
 
@@ -32,6 +32,8 @@ class SliceConfig(QuantizationConfigMixin):
         full_width: int,
         widths: list[int],
         groups: list[int],
+        shortcut: Shortcut,
+        shortcut_rank: int | None,
         calibration_tokens: int,
         quant_method: str = METHOD,
     ) -> None:
@@ -41,6 +43,8 @@ class SliceConfig(QuantizationConfigMixin):
         self.full_width = full_width
         self.widths = widths
         self.groups = groups
+        self.shortcut = shortcut
+        self.shortcut_rank = shortcut_rank
         self.calibration_tokens = calibration_tokens
 
     @classmethod
@@ -56,13 +60,20 @@ class SliceConfig(QuantizationConfigMixin):
     @classmethod
     def from_bases(cls, bases: Bases) -> "SliceConfig":
         """The config of a model sliced with ``bases``."""
-        plan = bases.plan
-        widths, groups = list(plan.widths), list(plan.groups)
-        return cls(plan.basis, plan.signal, plan.full_width, widths, groups, calibration_tokens=bases.tokens)
+        fields = vars(bases.plan) | {"widths": list(bases.plan.widths), "groups": list(bases.plan.groups)}
+        return cls(**fields, calibration_tokens=bases.tokens)
 
     def plan(self) -> SlicePlan:
         """The plan that the model was sliced by."""
-        return SlicePlan(self.basis, self.signal, self.full_width, tuple(self.widths), tuple(self.groups))
+        return SlicePlan(
+            self.basis,
+            self.signal,
+            self.full_width,
+            tuple(self.widths),
+            tuple(self.groups),
+            self.shortcut,
+            self.shortcut_rank,
+        )
 
 
 def slice_config_of(model_or_config: Any) -> SliceConfig | None:

@@ -33,6 +33,24 @@ class WeightlessRMSNorm(nn.Module):
         return f"full_width={self.full_width}, eps={self.eps}"
 
 
+class AlignedShortcut(nn.Module):
+    """The identity minus a low rank, ``h - up(down(h))``, on a stream that keeps its width or widens by zeros."""
+
+    def __init__(self, width: int, following: int, rank: int, **factory: Any) -> None:
+        super().__init__()
+        self.padding = following - width
+        self.down = nn.Linear(width, rank, bias=False, **factory) if rank else None
+        self.up = nn.Linear(rank, width, bias=False, **factory) if rank else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [..., d] -> [..., d']
+        if self.down is not None and self.up is not None:
+            hidden_states = hidden_states - self.up(self.down(hidden_states))
+        return nn.functional.pad(hidden_states, (0, self.padding))
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding}"
+
+
 def rstd(hidden_states: Tensor, full_width: int, eps: float) -> Tensor:
     """The weightless norm's row scale in fp32: [..., d] -> [..., 1]."""
     return torch.rsqrt(hidden_states.float().square().sum(-1, keepdim=True) / full_width + eps)
@@ -53,11 +71,15 @@ def run_branch(layer: nn.Module, branch: Branch, normalised: Tensor, **layer_arg
     return output, attention_weights
 
 
+def normalise(layer: nn.Module, sublayer: Sublayer, hidden_states: Tensor) -> dict[str, Tensor]:
+    """The stream [B, T, d] through each norm of a sublayer, by the norm's path."""
+    return {norm: at(layer, norm)(hidden_states) for norm in dict.fromkeys(b.norm for b in sublayer.branches)}
+
+
 def run_sublayer(
-    layer: nn.Module, sublayer: Sublayer, hidden_states: Tensor, **layer_arguments: Any
+    layer: nn.Module, sublayer: Sublayer, normalised: dict[str, Tensor], **layer_arguments: Any
 ) -> tuple[Tensor, Any]:
-    """What a sublayer adds to the stream, and its attention weights: h [B, T, d] -> [B, T, d']."""
-    normalised = {norm: at(layer, norm)(hidden_states) for norm in dict.fromkeys(b.norm for b in sublayer.branches)}
+    """What a sublayer makes of the normalised stream and adds to it, [B, T, d'], and its attention weights."""
     first, *others = (run_branch(layer, b, normalised[b.norm], **layer_arguments) for b in sublayer.branches)
     return sum((output for output, _ in others), first[0]), first[1]
 
@@ -73,7 +95,8 @@ def forward_with_shortcuts(layer: nn.Module, hidden_states: Tensor, *positional:
     layer_arguments.update(zip(architecture.positional, positional, strict=False))
     attention_weights = None
     for sublayer in architecture.sublayers:
-        output, weights_here = run_sublayer(layer, sublayer, hidden_states, **layer_arguments)
+        normalised = normalise(layer, sublayer, hidden_states)
+        output, weights_here = run_sublayer(layer, sublayer, normalised, **layer_arguments)
         attention_weights = weights_here if attention_weights is None else attention_weights
         shortcut = getattr(layer, shortcut_name(sublayer), None)
         hidden_states = output + (hidden_states if shortcut is None else shortcut(hidden_states))
@@ -98,7 +121,10 @@ def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
         for path, norm in norms.items():
             layer.set_submodule(path, WeightlessRMSNorm(plan.full_width, norm_eps(norm)))
         if plan.has_shortcut(site):
-            shortcut = nn.Linear(width, following, bias=False, device="meta", dtype=writer.matrix.dtype)
+            rank, factory = plan.rank(site), {"device": "meta", "dtype": writer.matrix.dtype}
+            shortcut: nn.Module = nn.Linear(width, following, bias=False, **factory)
+            if rank is not None:
+                shortcut = AlignedShortcut(width, following, rank, **factory)
             layer.add_module(shortcut_name(sublayer), shortcut.requires_grad_(writer.matrix.requires_grad))
             layer.architecture = architecture  # type: ignore[assignment]
             layer.forward = MethodType(forward_with_shortcuts, layer)

@@ -45,15 +45,13 @@ def apply_bases(model: PreTrainedModel, bases: Bases, *, progress: bool = True) 
         for branch in sublayer.branches:
             norm = at(dense, branch.norm)
             for source, target in zip(weights(dense, branch.readers), weights(narrow, branch.readers), strict=True):
-                _rotate_reader_(target, source, norm, basis[site])
+                _rotate_reader_(target, source, norm, bases.readers[site])
             for source, target in zip(weights(dense, branch.writers), weights(narrow, branch.writers), strict=True):
                 _rotate_writer_(target, source, writing[site + 1])
         if plan.has_shortcut(site):
-            Weight(at(narrow, shortcut_name(sublayer))).matrix = basis[site + 1].T @ basis[site]
-    final_norm = at(model, architecture.final_norm)
-    _rotate_reader_(
-        Weight(sliced.get_output_embeddings()), Weight(model.get_output_embeddings()), final_norm, basis[-1]
-    )
+            _fill_shortcut_(at(narrow, shortcut_name(sublayer)), basis[site], basis[site + 1])
+    head, narrow_head = Weight(model.get_output_embeddings()), Weight(sliced.get_output_embeddings())
+    _rotate_reader_(narrow_head, head, at(model, architecture.final_norm), bases.readers[-1])
     _unshare_(sliced, model)
     return sliced
 
@@ -82,6 +80,18 @@ def _rotate_writer_(target: Weight, source: Weight, basis: Tensor) -> None:
     target.matrix = basis.T @ matrix
     if source.bias is not None:
         target.bias = basis.T @ source.bias.to(matrix)
+
+
+def _fill_shortcut_(shortcut: Any, basis: Tensor, following: Tensor) -> None:
+    """``Q^T Q'``, dense, or as the identity minus the leading eigenvectors of what it lacks of the identity."""
+    if isinstance(shortcut, nn.Linear):
+        Weight(shortcut).matrix = following.T @ basis
+    elif shortcut.down is not None:
+        product = basis.T @ following[:, : basis.shape[1]]
+        values, vectors = torch.linalg.eigh(torch.eye(len(product)).to(product) - (product + product.T) / 2)
+        rank = shortcut.down.out_features
+        Weight(shortcut.down).matrix = vectors[:, -rank:].T
+        Weight(shortcut.up).matrix = vectors[:, -rank:] * values[-rank:]
 
 
 def _unshare_(sliced: nn.Module, model: nn.Module) -> None:

@@ -99,8 +99,8 @@ def test_shortcuts_are_products_of_bases():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of sparsity and target_params"),
-        ({"sparsity": 0.1, "target_params": 0.9}, "exactly one of sparsity and target_params"),
+        ({}, "exactly one of sparsity, target_params and widths"),
+        ({"sparsity": 0.1, "target_params": 0.9}, "exactly one of sparsity, target_params and widths"),
         ({"sparsity": 1.0}, r"sparsity must be at least 0 and below 1, not 1\.0"),
         ({"sparsity": -0.1}, r"sparsity must be at least 0 and below 1, not -0\.1"),
         ({"sparsity": float("nan")}, "sparsity must be at least 0"),
@@ -108,8 +108,11 @@ def test_shortcuts_are_products_of_bases():
         ({"target_params": 0.0}, r"target_params must be above 0 and at most 1, not 0\.0"),
         ({"target_params": 1.2}, r"target_params must be above 0 and at most 1, not 1\.2"),
         ({"target_params": 0.05}, r"target_params 0\.05 cannot be met: the smallest slice \(d=8\) still stores 0\.\d+"),
-        ({"sparsity": 0.1, "round_to": 0}, "round_to must be at least 1, not 0"),
-        ({"sparsity": 0.1, "basis": "pca"}, "basis must be one of 'per-norm', 'shared', not 'pca'"),
+        ({"sparsity": 0.1, "round_to": 0}, "round_to must be 'auto' or a whole number of at least 1, not 0"),
+        (
+            {"sparsity": 0.1, "basis": "pca"},
+            "basis must be 'per-norm', 'shared' or a number of groups from 1 to 6, not 'pca'",
+        ),
         ({"sparsity": 0.1, "signal": "output"}, "signal must be one of 'raw', 'normalized', not 'output'"),
     ],
 )
