@@ -135,10 +135,10 @@ def refit_readers(
                 if centered:
                     stream.states[i], sliced[i] = _centred(stream.states[i]), _centred(sliced[i])
                 sliced[i] = sliced[i] @ factor
-                x = (sliced[i] * rstd(sliced[i], full, eps)).flatten(0, 1)[mask].double()
-                y = (stream.states[i] * rstd(stream.states[i], full, eps)).flatten(0, 1)[mask].double()
-                covariance_(gram, x)
-                cross.addmm_(x.T, y)
+                x = (sliced[i] * rstd(sliced[i], full, eps)).flatten(0, 1)[mask]
+                y = (stream.states[i] * rstd(stream.states[i], full, eps)).flatten(0, 1)[mask]
+                gram += x.T @ x  # fp32 within a batch: the damping is far above its rounding
+                cross += x.T @ y
             damping = REFIT_DAMPING * gram.diagonal().mean()
             gram.diagonal().add_(damping)
             readers.append(torch.linalg.solve(gram, cross + damping * basis.T).T.contiguous())
