@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from slicegpt_fast.errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".md")  # what a folder is searched for; a file that is named itself may end in anything
+TOKENS_PER_BATCH = 2048
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -169,3 +170,8 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, *,
             "more text, or ask for fewer or shorter windows."
         )
     return torch.tensor(tokens[: len(tokens) // length * length], dtype=torch.long).view(-1, length)
+
+
+def batched(windows: Tensor) -> tuple[Tensor, ...]:
+    """Split windows [n, length] into batches [B, length] of about 2048 tokens."""
+    return windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))

@@ -76,8 +76,8 @@ def stored_bytes(model: nn.Module) -> int:
 def flops_per_token(model: PreTrainedModel) -> int:
     """Matmul FLOPs of a token's forward pass: 2 for each weight of each matrix that it is multiplied with.
 
-    These are all matrices, the head (tied or not) and shortcuts included, but for embedding tables, which are looked up;
-    of stacked experts [E, out, in] only those a token is routed to. Left out are norms, activations, and the attention
+    These are all matrices, the head (tied or not) and shortcuts included; not embedding tables, which are looked up; of
+    stacked experts [E, out, in] only those a token is routed to. Left out are norms, activations, and the attention
     scores, whose cost grows with the context.
     """
     flops = 0
