@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
+from slicegpt_fast.search import Trial
 from slicegpt_fast.slicing import Bases, block_parameters, slice_config_of
 from slicegpt_fast.slicing.layers import narrow_
 
@@ -103,6 +104,18 @@ def comparison(title: str, rows: Iterable[Row], notes: Iterable[str]) -> Group:
     for label, dense, sliced, form in rows:
         table.add_row(label, form(dense), form(sliced), f"{sliced / dense:.3f}")
     return Group(table, *(Text(note, style="dim") for note in notes))
+
+
+def trial_table(trials: Iterable[Trial], caption: str) -> Table:
+    """The plans that were tried, the best first."""
+    table = Table(
+        "basis plan", title="Plans within the budget", title_justify="left", title_style="bold", caption=caption
+    )
+    for name in ("kept size", "stored", "perplexity"):
+        table.add_column(name, justify="right")
+    for trial in trials:
+        table.add_row(trial.name, str(trial.width), f"{trial.stored:.3f}", f"{trial.perplexity:.2f}")
+    return table
 
 
 def plot_spectra(bases: Bases, path: Path, *, sites: Tensor | None = None) -> None:
