@@ -65,9 +65,8 @@ def import_reference(pt: str | Path, json: str | Path, base_config: PreTrainedCo
         skeleton = AutoModelForCausalLM.from_config(config)
     narrow_(skeleton, plan)
     weights = _read_weights(pt, architecture, skeleton)
-    config.quantization_config = SliceConfig(
-        plan.basis, plan.signal, plan.full_width, list(plan.widths), list(plan.groups), calibration_tokens=0
-    ).to_dict()
+    fields = vars(plan) | {"widths": list(plan.widths), "groups": list(plan.groups)}
+    config.quantization_config = SliceConfig(**fields, calibration_tokens=0).to_dict()
     dtype = next(iter(weights.values())).dtype
     return type(skeleton).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
