@@ -1,4 +1,4 @@
-"""The command line: quickstart, slice, eval, generate, info.
+"""The command line: quickstart, slice, eval, generate, export, info.
 
 Whatever takes long to import is imported inside the commands.
 """
@@ -320,6 +320,25 @@ def generate(
         do_sample=False,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
+
+
+@app.command(epilog=examples("slicegpt-fast export llama-sliced --out llama-plain"))
+def export(
+    model: Model, out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the plain checkpoint.")]
+) -> None:
+    """Write a model sliced with --basis shared as a plain checkpoint that needs nothing of this package.
+
+    Stock transformers, vLLM and llama.cpp's converter read it: see docs/export.md.
+    """
+    from slicegpt_fast.checkpoint import check_writable
+    from slicegpt_fast.export import export_plain
+
+    check_writable(out)
+    loaded, tokenizer = _load(model, None, "cpu")
+    config = export_plain(loaded, out, tokenizer)
+    padding = config.hidden_size - loaded.get_input_embeddings().embedding_dim
+    padded = f", {padding} of it zeros that {config.model_type}'s config asks for" if padding else ""
+    console.print(f"Saved to {out}: {config.model_type}, hidden size {config.hidden_size}{padded}.", highlight=False)
 
 
 @app.command(epilog=examples("slicegpt-fast info", "slicegpt-fast info llama-sliced"))
