@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 TRIED = 4  # of the calibration sequences, one in so many compares the plans of --basis auto
 HELD_OUT = 16  # windows that `slice` measures perplexity on, as far as the text goes
 
-console = Console(soft_wrap=True)
-errors = Console(stderr=True, soft_wrap=True)
+console = Console(soft_wrap=True, markup=False, highlight=False)
+errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
 
 
 class Commands(TyperGroup):
@@ -35,7 +35,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            errors.print(f"error: {error}", markup=False, highlight=False)
+            errors.print(f"error: {error}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             errors.print("interrupted")
@@ -265,7 +265,7 @@ def slice_(
         plot_trade_off(points, perplexity(dense, batched(calibration[-part:])), out / "plans.png")
     title = f"{model}, {plan.basis} basis, {plan.signal} signal, {plan.widths[0]} of {plan.full_width} directions kept"
     console.print(comparison(title, rows, notes))
-    console.print(f"Saved to {out}, with its spectra in {out / 'spectra.png'}.", markup=False, highlight=False)
+    console.print(f"Saved to {out}, with its spectra in {out / 'spectra.png'}.")
 
 
 @app.command(
@@ -294,9 +294,7 @@ def evaluate(
     loaded, tokenizer = _load(model, dtype, device)
     windows = _windows(loaded, tokenizer, documents, length, sequences or 1)[:sequences]
     value = perplexity(loaded, batched(windows), progress=errors.is_terminal)
-    console.print(
-        f"perplexity {value:.4f} ({len(windows)} sequences of {length} tokens, {loaded.dtype})", highlight=False
-    )
+    console.print(f"perplexity {value:.4f} ({len(windows)} sequences of {length} tokens, {loaded.dtype})")
 
 
 @app.command(epilog=examples('slicegpt-fast generate llama-sliced --prompt "The first telescope" --max-new-tokens 100'))
@@ -338,7 +336,7 @@ def export(
     config = export_plain(loaded, out, tokenizer)
     padding = config.hidden_size - loaded.get_input_embeddings().embedding_dim
     padded = f", {padding} of it zeros that {config.model_type}'s config asks for" if padding else ""
-    console.print(f"Saved to {out}: {config.model_type}, hidden size {config.hidden_size}{padded}.", highlight=False)
+    console.print(f"Saved to {out}: {config.model_type}, hidden size {config.hidden_size}{padded}.")
 
 
 @app.command(epilog=examples("slicegpt-fast info", "slicegpt-fast info llama-sliced"))

@@ -143,7 +143,7 @@ def run(
         InputError: a source is missing or too short, the target cannot be met, or ``out`` is taken.
     """
     check_writable(out)
-    source = model or smollm2()
+    name, source = model or "SmolLM2-135M-Instruct", model or smollm2()
     documents = text_documents(text) if text else wikipedia_leads()
     dense, tokenizer = load_model(source), load_tokenizer(source)
     dense.to(device)  # type: ignore[arg-type]  # transformers' decorator hides self
@@ -174,11 +174,11 @@ def run(
         f"Speed: {dense.dtype} on {dense.device}, {torch.get_num_threads()} threads, one sequence, prompt of {LENGTH} "
         "tokens, both models in turn, medians; neither model is patched with fused kernels.",
     ]
-    title = f"{source}, shared basis, normalized signal, {plan.widths[0]} of {plan.full_width} directions kept"
+    title = f"{name}, shared basis, normalized signal, {plan.widths[0]} of {plan.full_width} directions kept"
     console.print(comparison(title, rows, notes))
 
-    for name, each in (("dense", dense), ("sliced", sliced)):
-        console.print(f"\n{name}: {continuation(each, tokenizer, PROMPT)}", markup=False, highlight=False)
+    for kind, each in (("dense", dense), ("sliced", sliced)):
+        console.print(f"\n{kind}: {continuation(each, tokenizer, PROMPT)}")
 
     save_model(sliced, out, tokenizer)
     plot_spectra(bases, out / "spectra.png", sites=sites)
@@ -187,7 +187,7 @@ def run(
     with torch.inference_mode():
         prompt = held_out[:1].to(device)
         same = torch.equal(sliced(prompt).logits, reloaded(prompt).logits)
-    console.print(f"\nSaved to {out}, with its spectra in {out / 'spectra.png'}.", markup=False, highlight=False)
+    console.print(f"\nSaved to {out}, with its spectra in {out / 'spectra.png'}.")
     console.print(f"Reloaded from there: logits {'equal bit for bit' if same else 'DIFFER'}.")
 
 

@@ -44,7 +44,7 @@ def size_rows(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[Row]:
     return [
         Row("stored parameters", stored_parameters(dense), stored_parameters(sliced), decimal),
         Row("  in decoder blocks", block_parameters(dense), block_parameters(sliced), decimal),
-        Row("bytes", stored_bytes(dense), stored_bytes(sliced), decimal),
+        Row("bytes", stored_bytes(dense), stored_bytes(sliced), lambda size: f"{decimal(size)}B"),
         Row("matmul FLOPs per token", flops_per_token(dense), flops_per_token(sliced), decimal),
     ]
 
@@ -72,7 +72,7 @@ def describe(source: str) -> dict[str, str]:
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise InputError(f"{source} is not a model to describe: {str(error).strip().splitlines()[0]}") from error
-    facts = {"model type": config.model_type, "dtype": str(config.dtype or "not recorded").removeprefix("torch.")}
+    facts = {"model type": config.model_type, "dtype": str(config.dtype or "not recorded")}
     try:
         dense_blocks = block_parameters(model)
     except InputError as error:
