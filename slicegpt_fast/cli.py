@@ -203,6 +203,7 @@ def slice_(
     from slicegpt_fast.report import (
         Row,
         comparison,
+        plan_title,
         plot_spectra,
         plot_trade_off,
         size_notes,
@@ -247,7 +248,6 @@ def slice_(
     arguments |= {"sparsity": sparsity, "target_params": target_params}
     arguments["round_to"] = int(round_to) if round_to.isdigit() else round_to
     bases = fit_bases(dense, batched(calibration), progress=progress, **arguments)
-    plan = bases.plan
     sliced = apply_bases(dense, bases, progress=progress)
     rows, notes = size_rows(dense, sliced), size_notes(dense)
     if len(held_out):
@@ -263,8 +263,7 @@ def slice_(
     if trials:
         points = {trial.name: [(trial.stored, trial.perplexity)] for trial in trials}
         plot_trade_off(points, perplexity(dense, batched(calibration[-part:])), out / "plans.png")
-    title = f"{model}, {plan.basis} basis, {plan.signal} signal, {plan.widths[0]} of {plan.full_width} directions kept"
-    console.print(comparison(title, rows, notes))
+    console.print(comparison(plan_title(model, bases.plan), rows, notes))
     console.print(f"Saved to {out}, with its spectra in {out / 'spectra.png'}.")
 
 

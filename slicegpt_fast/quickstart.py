@@ -25,7 +25,7 @@ from slicegpt_fast.calibration import batched, join_documents, text_documents, t
 from slicegpt_fast.checkpoint import check_writable, load_model, load_tokenizer, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import perplexity, tokens_per_second
-from slicegpt_fast.report import Row, comparison, plot_spectra, size_notes, size_rows
+from slicegpt_fast.report import Row, comparison, plan_title, plot_spectra, size_notes, size_rows
 from slicegpt_fast.slicing import apply_bases, find_bases, make_plan
 
 LENGTH = 512
@@ -174,8 +174,7 @@ def run(
         f"Speed: {dense.dtype} on {dense.device}, {torch.get_num_threads()} threads, one sequence, prompt of {LENGTH} "
         "tokens, both models in turn, medians; neither model is patched with fused kernels.",
     ]
-    title = f"{name}, shared basis, normalized signal, {plan.widths[0]} of {plan.full_width} directions kept"
-    console.print(comparison(title, rows, notes))
+    console.print(comparison(plan_title(name, plan), rows, notes))
 
     for kind, each in (("dense", dense), ("sliced", sliced)):
         console.print(f"\n{kind}: {continuation(each, tokenizer, PROMPT)}")
