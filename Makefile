@@ -27,6 +27,7 @@ test-slow: $(VENV)/.installed-test  ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow
 
 wheel: | $(BIN)/python  ## build a wheel for this Python into dist/
+	rm -rf build/lib.*  # setuptools packs whatever an earlier build left there, deleted modules too
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 format: $(VENV)/.installed-test  ## put all sources into the project's style

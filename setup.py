@@ -34,8 +34,9 @@ BUILD = Path("build", sys.implementation.cache_tag or "native")
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # -DNDEBUG matters on the device too: with asserts compiled in, nvcc serialises asynchronous tensor-core instructions.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-# The CUDA runtime is linked in and its symbols are kept private, so that it cannot meet the one that torch loads.
-LINK_FLAGS = ["-shared", "-Xlinker", "--exclude-libs=ALL"]
+# The CUDA runtime is linked in and its symbols are kept private, so that it cannot meet the one that torch loads. No
+# kernel calls device code of another file, so there is nothing to link on the device side.
+NVCC_LINK_FLAGS = ["-cudart=static", "-Xlinker", "--exclude-libs=ALL", "-nodlink"]
 
 # File-name suffix -> compiler flags, weakest instruction set first. csrc/cpu/isa.cpp holds the same levels with the
 # CPU features that each one needs at run time; flags and features must agree.
@@ -62,10 +63,10 @@ def fail(message: str) -> NoReturn:
 
 
 def find_cxx() -> str:
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
-        if path := shutil.which(name):
-            return path
-    fail("no C++ compiler found; install g++ or clang++, or set CXX to a compiler's path.")
+    if cxx := os.environ.get("CXX"):
+        return shutil.which(cxx) or fail(f"CXX is {cxx!r}, which cannot be run; set it to a C++ compiler's path.")
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return found or fail("no C++ compiler found; install g++ or clang++, or set CXX to a C++ compiler's path.")
 
 
 def find_nvcc() -> str | None:
@@ -150,9 +151,8 @@ def ninja_file(version: str) -> str:
     rule("cxx", [cxx, *CXX_FLAGS, *defines, f"-I{CSRC}"], **compiling)
     if nvcc:
         rule("nvcc", [nvcc, "-ccbin", cxx, *NVCC_FLAGS, *defines, f"-I{CSRC}"], **compiling)
-    # No kernel calls device code of another file, so there is nothing to link on the device side.
-    linker = [nvcc, "-ccbin", cxx, "-cudart=static", "-nodlink"] if nvcc else [cxx]
-    rule("link", [*linker, *LINK_FLAGS], "$in -o $out")
+    linker = [nvcc, "-ccbin", cxx, *NVCC_LINK_FLAGS] if nvcc else [cxx]
+    rule("link", [*linker, "-shared"], "$in -o $out")
 
     objects = []
     for name, sources in {"cxx": cpu_sources(), "nvcc": cuda_sources(archs)}.items():

@@ -4,5 +4,6 @@
 class InputError(ValueError):
     """Something the user can put right: a bad argument, a missing file, an unsupported model.
 
-    The message is one sentence: what was wrong, which argument, what to do. The command line prints it and exits with 2.
+    The message is one sentence: what was wrong, which argument, what to do. The command line prints it and exits with
+    code 2.
     """

@@ -140,7 +140,8 @@ class TestSetup:
     @pytest.mark.parametrize(
         ("variables", "message"),
         [
-            ({"PATH": ""}, "no C++ compiler found; install g++ or clang++, or set CXX to a compiler's path."),
+            ({"PATH": ""}, "no C++ compiler found; install g++ or clang++, or set CXX to a C++ compiler's path."),
+            ({"CXX": "/no/c++"}, "CXX is '/no/c++', which cannot be run; set it to a C++ compiler's path."),
             ({"SLICEGPT_FAST_CUDA": "yes"}, "SLICEGPT_FAST_CUDA is 'yes'; set it to auto, 0 or 1."),
             (
                 {"SLICEGPT_FAST_CUDA": "1"},

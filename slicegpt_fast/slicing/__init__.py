@@ -1,21 +1,36 @@
 """Slicing: choose a plan, find its bases on calibration text, rotate and cut the weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from slicegpt_fast.slicing.bases import Bases, Batch, find_bases
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.slicing.bases import Bases, align, find_bases, refit_readers
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
-from slicegpt_fast.slicing.plan import Basis, Signal, SlicePlan, block_parameters, make_plan
+from slicegpt_fast.slicing.plan import (
+    Basis,
+    Schedule,
+    Shortcut,
+    Signal,
+    SlicePlan,
+    block_parameters,
+    check_choice,
+    fit_widths,
+    make_plan,
+)
 from slicegpt_fast.slicing.rotation import apply_bases
+from slicegpt_fast.slicing.stream import Batch
 
 __all__ = [
     "Bases",
     "SliceConfig",
     "SlicePlan",
+    "align",
     "apply_bases",
     "block_parameters",
     "find_bases",
+    "fit_bases",
     "make_plan",
     "slice_config_of",
     "slice_model",
@@ -28,9 +43,14 @@ def slice_model(
     *,
     sparsity: float | None = None,
     target_params: float | None = None,
+    widths: Sequence[int] | None = None,
     basis: Basis = "per-norm",
     signal: Signal = "raw",
-    round_to: int = 8,
+    shortcut: Shortcut = "dense",
+    shortcut_rank: int | None = None,
+    schedule: Schedule = "uniform",
+    refit: bool = False,
+    round_to: int | Literal["auto"] = 8,
     slice_head: bool = False,
     progress: bool = True,
 ) -> PreTrainedModel:
@@ -42,26 +62,68 @@ def slice_model(
     Args:
         model: a dense transformers causal language model in fp32, bf16 or fp16.
         calibration: token batches: [B, T] integer tensors, or mappings with ``input_ids`` and ``attention_mask``.
-        sparsity: share of the hidden size to delete, in [0, 1). Give this or ``target_params``.
+        sparsity: share of the hidden size to delete, in [0, 1). Give one of this, ``target_params`` and ``widths``.
         target_params: stored parameters of the decoder blocks after slicing, shortcuts included, as a share of before.
+        widths: the kept size of every norm site, the final norm's last.
         basis: ``"per-norm"`` for a basis at every norm with shortcuts between them, as published; ``"shared"`` for one
-            basis and no shortcuts (the head is then always sliced too).
+            basis and no shortcuts (the head is then always sliced too); a number for that many groups of norms.
         signal: what the bases are fitted to, each norm's input (``"raw"``) or its output (``"normalized"``).
-        round_to: the kept size is rounded down to a multiple of this.
+        shortcut: ``"dense"`` matrices, as published, or ``"aligned"``: the same model with shortcuts that are the
+            identity minus a matrix of rank D - d at most, stored as two thin factors.
+        shortcut_rank: truncate aligned shortcuts to this rank.
+        schedule: ``"uniform"`` gives all sites one size; ``"variance"`` gives every basis the same share of its
+            variance, within ``target_params``.
+        refit: re-fit the readers to the dense model's normalised inputs by least squares.
+        round_to: kept sizes are multiples of this; ``"auto"`` picks one for the model's device.
         slice_head: slice the last block's output and the head too.
         progress: show progress bars.
 
     Raises:
         InputError: with one sentence on what to change.
     """
-    plan = make_plan(
+    bases = fit_bases(
         model,
+        calibration,
         sparsity=sparsity,
         target_params=target_params,
+        widths=widths,
         basis=basis,
         signal=signal,
+        shortcut=shortcut,
+        shortcut_rank=shortcut_rank,
+        schedule=schedule,
+        refit=refit,
         round_to=round_to,
         slice_head=slice_head,
+        progress=progress,
     )
-    bases = find_bases(model, calibration, plan, progress=progress)
     return apply_bases(model, bases, progress=progress)
+
+
+def fit_bases(
+    model: PreTrainedModel,
+    calibration: Iterable[Batch],
+    *,
+    schedule: Schedule = "uniform",
+    refit: bool = False,
+    progress: bool = True,
+    **plan_arguments: Any,
+) -> Bases:
+    """All of :func:`slice_model` but the slicing itself: its arguments, and the bases that it applies."""
+    check_choice("schedule", schedule, Schedule)
+    calibration = list(calibration)
+    if schedule == "variance":
+        target = plan_arguments.pop("target_params", None)
+        if target is None:
+            raise InputError("schedule='variance' spends a budget: give target_params.")
+        plan_arguments["sparsity"] = 0
+        whole = make_plan(model, **plan_arguments)
+        spectra = find_bases(model, calibration, whole, progress=progress).spectra
+        step, slice_head = plan_arguments.get("round_to", 8), plan_arguments.get("slice_head", False)
+        plan = fit_widths(model, whole, spectra, target, round_to=step, slice_head=slice_head)
+    else:
+        plan = make_plan(model, **plan_arguments)
+    bases = find_bases(model, calibration, plan, progress=progress)
+    if refit:
+        bases = refit_readers(model, calibration, bases, progress=progress)
+    return align(bases) if plan.shortcut == "aligned" else bases

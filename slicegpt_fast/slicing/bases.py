@@ -1,29 +1,28 @@
 """Find the bases of a plan: run the calibration tokens through the dense model, layer by layer, and take the PCA.
 
 Slicing a site means projecting the stream onto the span of its basis, so the effect of a slice on everything after it
-is had from the dense model with ``h <- h Q Q^T`` at that site. A basis known when the stream reaches its site is applied
-at once: later bases are then fitted to what the sliced model will really see, as in the published algorithm. A basis
-that several sites share is fitted to the dense model's stream.
+is had from the dense model with ``h <- h Q Q^T`` at that site. Where every site has its own basis, each is put to use
+as soon as it is known: later bases are fitted to what the sliced model will really see, as in the published algorithm.
+Bases that several sites share are fitted to the dense model's stream.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import architecture_of, at
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
-from slicegpt_fast.slicing.layers import branch, rstd
+from slicegpt_fast.slicing.layers import norm_eps, normalise, rstd, run_sublayer
 from slicegpt_fast.slicing.plan import SlicePlan
+from slicegpt_fast.slicing.stream import Batch, enter, evaluating, stops
 
-Batch = Tensor | Mapping[str, Tensor]
+REFIT_DAMPING = 0.01  # of the mean diagonal of X^T X
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,14 @@ class Bases:
         matrices: one [D, d] fp64 matrix with orthonormal columns per basis.
         spectra: [number of bases, D] fp64, the descending eigenvalues of the covariance each basis came from.
         tokens: how many calibration tokens were counted.
+        readers: one [D, d] matrix per site, what its readers' inputs are mapped by: the site's basis unless re-fitted.
     """
 
     plan: SlicePlan
     matrices: tuple[Tensor, ...]
     spectra: Tensor
     tokens: int
+    readers: tuple[Tensor, ...]
 
 
 def principal_components(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,100 +71,116 @@ def find_bases(
     Raises:
         InputError: no or too few tokens, token ids beyond the vocabulary, or activations that are not finite.
     """
-    architecture = architecture_of(model)
-    full, eps = plan.full_width, getattr(model.config, architecture.norm_eps)
-    device = at(model, architecture.embeddings).weight.device
-    batches = [_checked(batch, index, model.config.vocab_size, device) for index, batch in enumerate(calibration)]
-    counted = [batch["attention_mask"].bool().flatten() for batch in batches]
-    tokens = sum(int(mask.sum()) for mask in counted)
-    if tokens < max(plan.widths):
-        raise InputError(
-            f"calibration has {tokens} tokens, but a basis of {max(plan.widths)} directions needs at least as many: "
-            "give more text."
-        )
-
-    training = model.training
-    model.eval()
-    try:
-        layers = list(at(model, architecture.layers).children())
-        streams, layer_arguments = map(list, zip(*(_enter(model, layers, batch) for batch in batches), strict=True))
-        spectra, matrices = [], []
-        sites = [*architecture.sites(model), None]  # None: the final norm, which has no sublayer
-        for site, place in enumerate(tqdm(sites, desc="calibrating", unit="site", disable=not progress)):
-            opens_group = site == 0 or plan.has_shortcut(site - 1)
-            closes_group = place is None or plan.has_shortcut(site)
-            if opens_group:
-                covariance = torch.zeros(full, full, dtype=torch.float64, device=device)
-            for stream, mask in zip(streams, counted, strict=True):
-                rows = stream.flatten(0, 1)
-                scale = rstd(rows, full, eps).squeeze(1) if plan.signal == "normalized" else None
+    centered, full = architecture_of(model).centered, plan.full_width
+    each_its_own = len(set(plan.groups)) == len(plan.groups)
+    spectra, matrices = [], []
+    with evaluating(model):
+        stream = enter(model, calibration, at_least=max(plan.widths))
+        for site, stop in enumerate(tqdm(stops(model), desc="calibrating", unit="site", disable=not progress)):
+            if site == 0 or plan.has_shortcut(site - 1):
+                covariance = torch.zeros(full, full, dtype=torch.float64, device=stream.states[0].device)
+            for i, mask in enumerate(stream.counted):
+                state = stream.states[i] = _centred(stream.states[i]) if centered else stream.states[i]
+                rows = state.flatten(0, 1)
+                scale = rstd(rows, full, norm_eps(stop.norm)).squeeze(1) if plan.signal == "normalized" else None
                 covariance_(covariance, rows, scale, mask)
             if not covariance.diagonal().isfinite().all():
-                where = f"{architecture.layers}.{place[0]}.{place[2].module}" if place else architecture.final_norm
                 raise InputError(
-                    f"the activations entering {where} are not finite in {model.dtype}: check the weights, or load the "
-                    "model in a wider dtype."
+                    f"the activations entering {stop.path} are not finite in {model.dtype}: check the weights, or load "
+                    "the model in a wider dtype."
                 )
-            if closes_group:
+            if stop.sublayer is None or plan.has_shortcut(site):
                 values, vectors = principal_components(covariance)
                 spectra.append(values)
                 matrices.append(vectors[:, : plan.widths[site]].clone())
-            if opens_group and closes_group:
-                projection = (matrices[-1] @ matrices[-1].T).to(model.dtype)
-                streams = [stream @ projection for stream in streams]
-            if place:
-                index, layer, sublayer = place
-                for i, arguments in enumerate(layer_arguments):
-                    streams[i] = streams[i] + branch(layer, sublayer, streams[i], **arguments[index])
-    finally:
-        model.train(training)
-    return Bases(plan, tuple(matrices), torch.stack(spectra), tokens)
+            if stop.layer is None or stop.sublayer is None:
+                break
+            projection = (matrices[-1] @ matrices[-1].T).to(model.dtype) if each_its_own else None
+            for i, arguments in enumerate(stream.layer_arguments):
+                state = stream.states[i] if projection is None else stream.states[i] @ projection
+                normalised = normalise(stop.layer, stop.sublayer, state)
+                output, _ = run_sublayer(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
+                stream.states[i] = state + output
+    readers = tuple(matrices[group] for group in plan.groups)
+    return Bases(plan, tuple(matrices), torch.stack(spectra), stream.tokens, readers)
 
 
-def _checked(batch: Batch, index: int, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
-    """One calibration batch as ``input_ids`` and ``attention_mask``, both [B, T], on the model's device."""
-    name = f"calibration batch {index}"
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        raise InputError(
-            f"{name} must be a tensor of token ids or a mapping with input_ids, not {type(batch).__name__}."
-        )
-    ids = torch.atleast_2d(batch["input_ids"])
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else torch.atleast_2d(mask)
-    if ids.dim() != 2 or ids.is_floating_point():
-        raise InputError(f"{name}: input_ids must be integers of shape [B, T], not {ids.dtype} {list(ids.shape)}.")
-    if mask.shape != ids.shape:
-        raise InputError(f"{name}: attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}.")
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if wrong.numel():
-        raise InputError(
-            f"{name} holds token id {int(wrong[0])}, but the model's vocabulary has {vocab_size}: use the model's own "
-            "tokenizer."
-        )
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+@torch.no_grad()
+def refit_readers(
+    model: PreTrainedModel, calibration: Iterable[Batch], bases: Bases, *, progress: bool = True
+) -> Bases:
+    """Re-fit what the readers make of the sliced stream to what they read in the dense model.
 
+    At each site, with X [N, d] the sliced model's normalised stream in its basis and Y [N, D] the dense model's, the
+    readers' input map becomes the damped least-squares solution
 
-def _enter(model: PreTrainedModel, layers: list[nn.Module], batch: dict[str, Tensor]) -> tuple[Tensor, list[dict]]:
-    """The embedded tokens [B, T, D] of a batch, and the keyword arguments that each decoder layer is called with.
+        M = argmin |X M - Y|^2 + lambda |M - Q^T|^2 = (X^T X + lambda I)^-1 (X^T Y + lambda Q^T)
 
-    The model's own forward makes them (masks, rotary positions: they differ between releases and layers); the layers
-    themselves are stubbed out.
+    instead of ``Q^T``; what the slice deleted is thereby estimated from what it kept. The sites are taken in order, so
+    that X holds the effect of the maps before it.
+
+    Args: as :func:`find_bases`, with the bases it returned for the same calibration.
     """
-    streams: list[Tensor] = []
-    layer_arguments: list[dict[str, Any]] = []
+    plan, centered, full = bases.plan, architecture_of(model).centered, bases.plan.full_width
+    readers = []
+    with evaluating(model):
+        stream = enter(model, calibration, at_least=max(plan.widths))
+        sliced = list(stream.states)
+        for site, stop in enumerate(tqdm(stops(model), desc="re-fitting", unit="site", disable=not progress)):
+            basis = bases.matrices[plan.groups[site]]
+            eps, factor = norm_eps(stop.norm), basis.to(model.dtype)
+            gram = torch.zeros(len(basis.T), len(basis.T), dtype=torch.float64, device=basis.device)
+            cross = torch.zeros(len(basis.T), full, dtype=torch.float64, device=basis.device)
+            for i, mask in enumerate(stream.counted):
+                if centered:
+                    stream.states[i], sliced[i] = _centred(stream.states[i]), _centred(sliced[i])
+                sliced[i] = sliced[i] @ factor
+                x = (sliced[i] * rstd(sliced[i], full, eps)).flatten(0, 1)[mask]
+                y = (stream.states[i] * rstd(stream.states[i], full, eps)).flatten(0, 1)[mask]
+                gram += x.T @ x  # fp32 within a batch: the damping is far above its rounding
+                cross += x.T @ y
+            damping = REFIT_DAMPING * gram.diagonal().mean()
+            gram.diagonal().add_(damping)
+            readers.append(torch.linalg.solve(gram, cross + damping * basis.T).T.contiguous())
+            if stop.layer is None or stop.sublayer is None:
+                break
+            fitted = readers[-1].T.to(model.dtype)
+            for i, arguments in enumerate(stream.layer_arguments):
+                normalised = normalise(stop.layer, stop.sublayer, stream.states[i])
+                output, _ = run_sublayer(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
+                stream.states[i] = stream.states[i] + output
+                estimate = (sliced[i] * rstd(sliced[i], full, eps)).to(model.dtype) @ fitted
+                normalised = {norm: _affine(at(stop.layer, norm), estimate) for norm in normalised}
+                output, _ = run_sublayer(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
+                sliced[i] = sliced[i] @ factor.T + output
+    return replace(bases, readers=tuple(readers))
 
-    def stub(hidden_states: Tensor, *_: Any, **arguments: Any) -> Tensor:
-        streams.append(hidden_states)
-        layer_arguments.append(arguments)
-        return hidden_states
 
-    inputs = dict(batch)
-    if not batch["attention_mask"].all():
-        inputs["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(patch.object(layer, "forward", stub))
-        model.base_model(**inputs, use_cache=False)
-    return streams[0], layer_arguments
+def align(bases: Bases) -> Bases:
+    """Rotate each basis inside its span so that shortcuts become the identity minus a low rank.
+
+    With ``Q^T Q' = U S V^T`` the next basis becomes ``Q' V U^T`` (``U`` extended by the identity where the stream
+    widens): the same span, hence the same model, and the shortcut ``U S U^T = I - U (I - S) U^T``, padded with zeros.
+    """
+    plan = bases.plan
+    matrices, readers = list(bases.matrices), list(bases.readers)
+    for site in range(len(plan.groups) - 1):
+        if not plan.has_shortcut(site) or plan.rank(site) is None:
+            continue
+        group, width = plan.groups[site + 1], plan.widths[site]
+        left, _, right = torch.linalg.svd(matrices[plan.groups[site]].T @ matrices[group], full_matrices=True)
+        turn = right.T.clone()
+        turn[:, :width] = right.T[:, :width] @ left.T
+        matrices[group] = matrices[group] @ turn
+        readers = [reader @ turn if plan.groups[i] == group else reader for i, reader in enumerate(readers)]
+    return replace(bases, matrices=tuple(matrices), readers=tuple(readers))
+
+
+def _affine(norm: Any, normalised: Tensor) -> Tensor:
+    """The last step of a norm: its weight and, for a LayerNorm, its bias."""
+    weighted = normalised if norm.weight is None else normalised * norm.weight
+    return weighted if getattr(norm, "bias", None) is None else weighted + norm.bias
+
+
+def _centred(stream: Tensor) -> Tensor:
+    return stream - stream.mean(-1, keepdim=True)

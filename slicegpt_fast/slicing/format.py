@@ -5,6 +5,7 @@ that transformers lets other packages own. On loading, transformers builds the d
 quantizer registered here, which narrows it, and fills it from safetensors.
 """
 
+import math
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -15,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.layers import narrow_
-from slicegpt_fast.slicing.plan import Basis, Signal, SlicePlan, check_plan
+from slicegpt_fast.slicing.plan import Basis, Shortcut, Signal, SlicePlan, check_plan
 
 METHOD = "slicegpt"
 
@@ -31,6 +32,8 @@ class SliceConfig(QuantizationConfigMixin):
         full_width: int,
         widths: list[int],
         groups: list[int],
+        shortcut: Shortcut,
+        shortcut_rank: int | None,
         calibration_tokens: int,
         quant_method: str = METHOD,
     ) -> None:
@@ -40,6 +43,8 @@ class SliceConfig(QuantizationConfigMixin):
         self.full_width = full_width
         self.widths = widths
         self.groups = groups
+        self.shortcut = shortcut
+        self.shortcut_rank = shortcut_rank
         self.calibration_tokens = calibration_tokens
 
     @classmethod
@@ -55,13 +60,20 @@ class SliceConfig(QuantizationConfigMixin):
     @classmethod
     def from_bases(cls, bases: Bases) -> "SliceConfig":
         """The config of a model sliced with ``bases``."""
-        plan = bases.plan
-        widths, groups = list(plan.widths), list(plan.groups)
-        return cls(plan.basis, plan.signal, plan.full_width, widths, groups, calibration_tokens=bases.tokens)
+        fields = vars(bases.plan) | {"widths": list(bases.plan.widths), "groups": list(bases.plan.groups)}
+        return cls(**fields, calibration_tokens=bases.tokens)
 
     def plan(self) -> SlicePlan:
         """The plan that the model was sliced by."""
-        return SlicePlan(self.basis, self.signal, self.full_width, tuple(self.widths), tuple(self.groups))
+        return SlicePlan(
+            self.basis,
+            self.signal,
+            self.full_width,
+            tuple(self.widths),
+            tuple(self.groups),
+            self.shortcut,
+            self.shortcut_rank,
+        )
 
 
 def slice_config_of(model_or_config: Any) -> SliceConfig | None:
@@ -102,6 +114,8 @@ class SliceQuantizer(HfQuantizer):
 def check_weights(model: PreTrainedModel, files: list[str]) -> None:
     """Hold the tensors of safetensors ``files`` against the parameters of ``model``, reading headers only.
 
+    transformers stores some tensors under other names or split (experts), so what is missing is found by counting.
+
     Raises:
         InputError: a file is damaged, a tensor is missing or has another shape.
     """
@@ -109,14 +123,17 @@ def check_weights(model: PreTrainedModel, files: list[str]) -> None:
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                stored.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118  not a dict
+                for name in tensors.keys():  # noqa: SIM118  not a dict
+                    stored[name] = tuple(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
             raise InputError(f"{file} is damaged ({error}): copy or write the checkpoint again.") from error
-    for name, parameter in model.state_dict().items() if files else ():
-        if name not in stored:
-            raise InputError(f"the checkpoint lacks {name}: copy or write it again.")
-        if stored[name] != tuple(parameter.shape):
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in stored.keys() & expected.keys():
+        if stored[name] != expected[name]:
             raise InputError(
-                f"the checkpoint's {name} has shape {stored[name]}, its config asks for {tuple(parameter.shape)}: "
-                "the files do not belong together."
+                f"the checkpoint's {name} has shape {stored[name]}, its config asks for {expected[name]}: the files do "
+                "not belong together."
             )
+    if files and sum(map(math.prod, stored.values())) < sum(map(math.prod, expected.values())):
+        missing = sorted(expected.keys() - stored.keys())
+        raise InputError(f"the checkpoint lacks weights (such as {missing[0]}): copy or write it again.")

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Sublayer, architecture_of, at
+from slicegpt_fast.architectures import Architecture, Branch, Sublayer, Weight, architecture_of, at, weights
 from slicegpt_fast.slicing.plan import SlicePlan
+
+IN_FEATURES = ("in_features", "nx", "hidden_dim")  # what nn.Linear, Conv1D, routers and experts call their sizes
+OUT_FEATURES = ("out_features", "nf")
 
 
 class WeightlessRMSNorm(nn.Module):
@@ -30,64 +33,125 @@ class WeightlessRMSNorm(nn.Module):
         return f"full_width={self.full_width}, eps={self.eps}"
 
 
+class AlignedShortcut(nn.Module):
+    """The identity minus a low rank, ``h - up(down(h))``, on a stream that keeps its width or widens by zeros."""
+
+    def __init__(self, width: int, following: int, rank: int, **factory: Any) -> None:
+        super().__init__()
+        self.padding = following - width
+        self.down = nn.Linear(width, rank, bias=False, **factory) if rank else None
+        self.up = nn.Linear(rank, width, bias=False, **factory) if rank else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [..., d] -> [..., d']
+        if self.down is not None and self.up is not None:
+            hidden_states = hidden_states - self.up(self.down(hidden_states))
+        return nn.functional.pad(hidden_states, (0, self.padding))
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding}"
+
+
 def rstd(hidden_states: Tensor, full_width: int, eps: float) -> Tensor:
     """The weightless norm's row scale in fp32: [..., d] -> [..., 1]."""
     return torch.rsqrt(hidden_states.float().square().sum(-1, keepdim=True) / full_width + eps)
 
 
-def branch(layer: nn.Module, sublayer: Sublayer, hidden_states: Tensor, **layer_arguments: Any) -> Tensor:
-    """One residual branch without its addition, ``module(norm(h))``: [B, T, D] -> [B, T, D]."""
-    normalised = at(layer, sublayer.norm)(hidden_states)
-    output = at(layer, sublayer.module)(normalised, **layer_arguments if sublayer.takes_layer_arguments else {})
-    return output[0] if isinstance(output, tuple) else output
+def norm_eps(norm: nn.Module) -> float:
+    """The epsilon of a family's norm, or of the weightless one."""
+    return cast(float, norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def run_branch(layer: nn.Module, branch: Branch, normalised: Tensor, **layer_arguments: Any) -> tuple[Tensor, Any]:
+    """``module(x)`` of one branch, and the attention weights where it attends: x [B, T, d] -> [B, T, d']."""
+    first, *others = branch.modules
+    output = at(layer, first)(normalised, **layer_arguments if branch.takes_layer_arguments else {})
+    output, attention_weights = output[:2] if isinstance(output, tuple) else (output, None)
+    for path in others:
+        output = at(layer, path)(output)
+    return output, attention_weights
+
+
+def normalise(layer: nn.Module, sublayer: Sublayer, hidden_states: Tensor) -> dict[str, Tensor]:
+    """The stream [B, T, d] through each norm of a sublayer, by the norm's path."""
+    return {norm: at(layer, norm)(hidden_states) for norm in dict.fromkeys(b.norm for b in sublayer.branches)}
+
+
+def run_sublayer(
+    layer: nn.Module, sublayer: Sublayer, normalised: dict[str, Tensor], **layer_arguments: Any
+) -> tuple[Tensor, Any]:
+    """What a sublayer makes of the normalised stream and adds to it, [B, T, d'], and its attention weights."""
+    first, *others = (run_branch(layer, b, normalised[b.norm], **layer_arguments) for b in sublayer.branches)
+    return sum((output for output, _ in others), first[0]), first[1]
 
 
 def shortcut_name(sublayer: Sublayer) -> str:
-    """The name of the shortcut that the stream passes beside ``sublayer``, an ``nn.Linear`` of the decoder layer."""
-    return f"{sublayer.module}_shortcut"
+    """The name of the module of a decoder layer that the stream passes beside ``sublayer``."""
+    return f"{sublayer.name}_shortcut"
 
 
-def forward_with_shortcuts(layer: nn.Module, hidden_states: Tensor, **layer_arguments: Any) -> Tensor:
-    """A decoder layer's forward where every residual path has a shortcut: ``h <- shortcut(h) + module(norm(h))``."""
-    for sublayer in cast(tuple[Sublayer, ...], layer.sublayers):
-        output = branch(layer, sublayer, hidden_states, **layer_arguments)
-        hidden_states = at(layer, shortcut_name(sublayer))(hidden_states) + output
-    return hidden_states
+def forward_with_shortcuts(layer: nn.Module, hidden_states: Tensor, *positional: Any, **layer_arguments: Any) -> Any:
+    """A decoder layer's forward with shortcuts on the residual path: ``h <- shortcut(h) + module(norm(h))``."""
+    architecture = cast(Architecture, layer.architecture)
+    layer_arguments.update(zip(architecture.positional, positional, strict=False))
+    attention_weights = None
+    for sublayer in architecture.sublayers:
+        normalised = normalise(layer, sublayer, hidden_states)
+        output, weights_here = run_sublayer(layer, sublayer, normalised, **layer_arguments)
+        attention_weights = weights_here if attention_weights is None else attention_weights
+        shortcut = getattr(layer, shortcut_name(sublayer), None)
+        hidden_states = output + (hidden_states if shortcut is None else shortcut(hidden_states))
+    return (hidden_states, attention_weights) if architecture.returns_tuple else hidden_states
 
 
 def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
     """Give ``model`` the modules and shapes of ``plan``; every new parameter is on the meta device, to be filled."""
     architecture = architecture_of(model)
-    eps = getattr(model.config, architecture.norm_eps)
-    embeddings = at(model, architecture.embeddings)
-    embeddings.embedding_dim = plan.widths[0]
-    embeddings.weight = _meta_like(embeddings.weight, embeddings.num_embeddings, plan.widths[0])
+    for path in architecture.embeddings:
+        embeddings = at(model, path)
+        embeddings.embedding_dim = plan.widths[0]
+        Weight(embeddings).matrix = torch.empty(embeddings.num_embeddings, plan.widths[0], device="meta")
     for site, (_, layer, sublayer) in enumerate(architecture.sites(model)):
         width, following = plan.widths[site], plan.widths[site + 1]
-        layer.set_submodule(sublayer.norm, WeightlessRMSNorm(plan.full_width, eps))
-        for reader in sublayer.readers:
-            _resize_(at(layer, reader), in_features=width)
-        writer = at(layer, sublayer.writer)
-        _resize_(writer, out_features=following)
+        norms = {branch.norm: at(layer, branch.norm) for branch in sublayer.branches}
+        for branch in sublayer.branches:
+            for reader in weights(layer, branch.readers):
+                _narrow_reader_(reader, norms[branch.norm], width)
+            for writer in weights(layer, branch.writers):
+                _narrow_writer_(writer, following)
+        for path, norm in norms.items():
+            layer.set_submodule(path, WeightlessRMSNorm(plan.full_width, norm_eps(norm)))
         if plan.has_shortcut(site):
-            shortcut = nn.Linear(width, following, bias=False, device="meta", dtype=writer.weight.dtype)
-            layer.add_module(shortcut_name(sublayer), shortcut.requires_grad_(writer.weight.requires_grad))
-            layer.sublayers = architecture.sublayers  # type: ignore[assignment]
+            rank, factory = plan.rank(site), {"device": "meta", "dtype": writer.matrix.dtype}
+            shortcut: nn.Module = nn.Linear(width, following, bias=False, **factory)
+            if rank is not None:
+                shortcut = AlignedShortcut(width, following, rank, **factory)
+            layer.add_module(shortcut_name(sublayer), shortcut.requires_grad_(writer.matrix.requires_grad))
+            layer.architecture = architecture  # type: ignore[assignment]
             layer.forward = MethodType(forward_with_shortcuts, layer)
-    model.set_submodule(architecture.final_norm, WeightlessRMSNorm(plan.full_width, eps))
-    _resize_(at(model, architecture.head), in_features=plan.widths[-1])
+    norm = at(model, architecture.final_norm)
+    _narrow_reader_(Weight(model.get_output_embeddings()), norm, plan.widths[-1])
+    model.set_submodule(architecture.final_norm, WeightlessRMSNorm(plan.full_width, norm_eps(norm)))
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
 
 
-def _resize_(linear: nn.Linear, *, in_features: int | None = None, out_features: int | None = None) -> None:
-    linear.in_features = in_features or linear.in_features
-    linear.out_features = out_features or linear.out_features
-    linear.weight = _meta_like(linear.weight, linear.out_features, linear.in_features)
-    if linear.bias is not None and out_features:
-        linear.bias = _meta_like(linear.bias, linear.out_features)
+def _narrow_reader_(reader: Weight, norm: nn.Module, width: int) -> None:
+    rows = reader.matrix.shape[:-1]
+    reader.matrix = torch.empty(*rows, width, device="meta")
+    _set(reader.owner, IN_FEATURES, width)
+    if getattr(norm, "bias", None) is not None:  # it is folded into the reader's bias, which may be new
+        reader.bias = torch.empty(rows, device="meta")
 
 
-def _meta_like(parameter: Tensor, *shape: int) -> nn.Parameter:
-    empty = torch.empty(shape, dtype=parameter.dtype, device="meta")
-    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
+def _narrow_writer_(writer: Weight, width: int) -> None:
+    *experts, _, columns = writer.matrix.shape
+    writer.matrix = torch.empty(*experts, width, columns, device="meta")
+    _set(writer.owner, OUT_FEATURES, width)
+    if writer.bias is not None:
+        writer.bias = torch.empty(width, device="meta")
+
+
+def _set(module: nn.Module, attributes: tuple[str, ...], size: int) -> None:
+    for attribute in attributes:
+        if hasattr(module, attribute):
+            setattr(module, attribute, size)

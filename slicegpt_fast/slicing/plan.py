@@ -1,23 +1,28 @@
 """The basis plan: which basis each norm site uses and how many of its directions are kept. A plan is data.
 
-Norm sites are counted along the residual stream: two per decoder layer (attention, MLP), then the final norm. Between
-two sites of different bases the residual path carries a shortcut, the product of the two bases.
+Norm sites are counted along the residual stream: those of the decoder layers (attention and MLP, or one where they run
+in parallel), then the final norm. Between two sites of different bases the residual path carries a shortcut, the
+product of the two bases.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Architecture, architecture_of, at
+from slicegpt_fast.architectures import Architecture, architecture_of, at, weights
 from slicegpt_fast.errors import InputError
 
-Basis = Literal["per-norm", "shared"]
+Basis = Literal["per-norm", "shared"] | int
 Signal = Literal["raw", "normalized"]
+Shortcut = Literal["dense", "aligned"]
+Schedule = Literal["uniform", "variance"]
+
+TILE = {"cuda": 64, "cpu": 16}  # round_to="auto": the K step of a tensor-core tile, an AVX-512 register of fp32
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,13 @@ class SlicePlan:
     """A basis plan for a model of ``full_width`` D and S norm sites.
 
     Attributes:
-        basis: ``"per-norm"`` (one per site, dense shortcuts: arXiv 2401.15024) or ``"shared"`` (one for the model).
+        basis: ``"per-norm"`` (one basis per site: arXiv 2401.15024), ``"shared"`` (one for the model), or k groups.
         signal: what the covariance is of: the norm's input (``"raw"``) or its weightless output (``"normalized"``).
         full_width: D, the hidden size before slicing and the divisor of every norm after it.
         widths: [S] the kept size d of each site.
-        groups: [S] the index of the basis each site uses.
+        groups: [S] the index of the basis each site uses; consecutive sites share one.
+        shortcut: ``"dense"`` matrices, or ``"aligned"`` ones, the identity minus a low rank.
+        shortcut_rank: where aligned shortcuts are truncated; None keeps them exact.
     """
 
     basis: Basis
@@ -37,10 +44,31 @@ class SlicePlan:
     full_width: int
     widths: tuple[int, ...]
     groups: tuple[int, ...]
+    shortcut: Shortcut = "dense"
+    shortcut_rank: int | None = None
 
     def has_shortcut(self, site: int) -> bool:
         """Whether the stream changes its basis between ``site`` and the next one."""
         return self.groups[site] != self.groups[site + 1]
+
+    def rank(self, site: int) -> int | None:
+        """The rank of the aligned shortcut behind ``site``, None where it is dense.
+
+        At least d + d' - D singular values of ``Q^T Q'`` are 1, so D - d' is enough. A stream that narrows has no
+        identity to be close to.
+        """
+        width, following = self.widths[site], self.widths[site + 1]
+        if self.shortcut == "dense" or following < width:
+            return None
+        exact = min(width, self.full_width - following)
+        return exact if self.shortcut_rank is None else min(exact, self.shortcut_rank)
+
+    def shortcut_parameters(self, site: int) -> int:
+        """How many parameters the shortcut behind ``site`` stores."""
+        if not self.has_shortcut(site):
+            return 0
+        width, rank = self.widths[site], self.rank(site)
+        return width * self.widths[site + 1] if rank is None else 2 * width * rank
 
 
 def make_plan(
@@ -48,63 +76,120 @@ def make_plan(
     *,
     sparsity: float | None = None,
     target_params: float | None = None,
+    widths: Sequence[int] | None = None,
     basis: Basis = "per-norm",
     signal: Signal = "raw",
-    round_to: int = 8,
+    shortcut: Shortcut = "dense",
+    shortcut_rank: int | None = None,
+    round_to: int | Literal["auto"] = 8,
     slice_head: bool = False,
 ) -> SlicePlan:
-    """Choose the kept sizes for ``model``; the arguments are those of :func:`slicegpt_fast.slice_model`.
+    """Choose one kept size for ``model``; the arguments are those of :func:`slicegpt_fast.slice_model`.
 
     Raises:
-        InputError: an argument is out of range, both or neither of ``sparsity`` and ``target_params`` are given, or no
-            size meets them.
+        InputError: an argument is out of range, not exactly one of ``sparsity``, ``target_params`` and ``widths`` is
+            given, or no size meets them.
     """
     architecture = architecture_of(model)
     _check_sliceable(model, architecture)
     full = model.config.hidden_size
-    for name, value, allowed in (("basis", basis, get_args(Basis)), ("signal", signal, get_args(Signal))):
-        if value not in allowed:
-            raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")
-    if (sparsity is None) == (target_params is None):
-        raise InputError("give exactly one of sparsity and target_params.")
-    if round_to < 1:
-        raise InputError(f"round_to must be at least 1, not {round_to}.")
-
     sites = sum(1 for _ in architecture.sites(model)) + 1
+    step = _round_to(round_to, model)
+    check_choice("signal", signal, Signal)
+    check_choice("shortcut", shortcut, Shortcut)
+    if shortcut_rank is not None and (shortcut == "dense" or shortcut_rank < 0):
+        raise InputError(f"shortcut_rank truncates shortcut='aligned' to a rank of 0 or more, not {shortcut_rank}.")
+    if sum(value is not None for value in (sparsity, target_params, widths)) != 1:
+        raise InputError("give exactly one of sparsity, target_params and widths.")
+    head_is_sliced = slice_head or basis == "shared"
+    groups = _groups(basis, sites, head_is_sliced)
 
-    def plan(width: int) -> SlicePlan:
-        if basis == "shared":
-            return SlicePlan(basis, signal, full, (width,) * sites, (0,) * sites)
-        widths = (width,) * (sites - 1) + (width if slice_head else full,)
-        return SlicePlan(basis, signal, full, widths, tuple(range(sites)))
+    def plan(*sizes: int) -> SlicePlan:
+        if architecture.keeps_width and len(set(sizes)) > 1:
+            raise InputError(
+                f"the code of {model.config.model_type} models holds the stream to one width: use slice_head=True."
+            )
+        return SlicePlan(basis, signal, full, sizes, groups, shortcut, shortcut_rank)
 
+    def uniform(width: int) -> SlicePlan:
+        return plan(*[width] * (sites - 1), width if head_is_sliced else full)
+
+    if widths is not None:
+        made = plan(*widths)
+        check_plan(made, model)
+        return made
     if sparsity is not None:
         if not 0 <= sparsity < 1:
             raise InputError(f"sparsity must be at least 0 and below 1, not {sparsity}.")
         # The published rounding, int((1 - s) D) down to a multiple, guarded against 0.9 * 640 = 575.99...
         kept = math.floor((1 - sparsity) * full + 1e-6)
-        width = full if sparsity == 0 else kept - kept % round_to
+        width = full if sparsity == 0 else kept - kept % step
         if width == 0:
             raise InputError(
-                f"sparsity {sparsity} keeps {kept} of {full} directions, which round_to={round_to} rounds to zero: "
+                f"sparsity {sparsity} keeps {kept} of {full} directions, which round_to={step} rounds to zero: "
                 "lower one of them."
             )
-        return plan(width)
+        return uniform(width)
 
     assert target_params is not None
-    if not 0 < target_params <= 1:
-        raise InputError(f"target_params must be above 0 and at most 1, not {target_params}.")
-    budget = target_params * block_parameters(model)
+    budget = _budget(model, target_params)
     count = parameter_counter(model, architecture)
-    sizes = [*range(round_to, full, round_to), full]
-    fitting = [size for size in sizes if count(plan(size)) <= budget]
+    plans = [uniform(width) for width in (*range(step, full, step), full)]
+    fitting = [made for made in plans if count(made) <= budget]
     if not fitting:
-        smallest = count(plan(sizes[0])) / block_parameters(model)
+        smallest = count(plans[0]) / block_parameters(model)
         raise InputError(
-            f"target_params {target_params} cannot be met: the smallest slice (d={sizes[0]}) still stores "
+            f"target_params {target_params} cannot be met: the smallest slice (d={plans[0].widths[0]}) still stores "
             f"{smallest:.3f} of the decoder blocks' parameters."
         )
-    return plan(fitting[-1])
+    return fitting[-1]
+
+
+def fit_widths(
+    model: PreTrainedModel,
+    plan: SlicePlan,
+    spectra: Tensor,
+    target_params: float,
+    *,
+    round_to: int | str,
+    slice_head: bool,
+) -> SlicePlan:
+    """Give every basis of ``plan`` a size of its own: the same share of its variance, within a budget.
+
+    Args:
+        model: the dense model.
+        plan: any plan with the wanted groups.
+        spectra: [number of bases, D] descending eigenvalues.
+        target_params: the decoder blocks' stored parameters, as a share of the dense ones.
+        round_to, slice_head: as in :func:`make_plan`; sizes are rounded up.
+
+    Raises:
+        InputError: the code of the family wants one width, or no share of the variance meets the budget.
+    """
+    architecture = architecture_of(model)
+    full = plan.full_width
+    explained = spectra.cumsum(1) / spectra.sum(1, keepdim=True)
+    head_is_sliced = slice_head or plan.basis == "shared"
+    step = _round_to(round_to, model)
+    if architecture.keeps_width:
+        raise InputError(
+            f"the code of {model.config.model_type} models holds the stream to one width: use schedule='uniform'."
+        )
+    budget, count = _budget(model, target_params), parameter_counter(model, architecture)
+
+    def at_share(share: float) -> SlicePlan:
+        needed = (explained < share).sum(1) + 1
+        sizes = [min(full, math.ceil(int(size) / step) * step) for size in needed]
+        sizes = [sizes[group] for group in plan.groups]
+        return replace(plan, widths=(*sizes[:-1], sizes[-1] if head_is_sliced else full))
+
+    low, high = 0.0, 1.0
+    if count(at_share(low)) > budget:
+        raise InputError(f"target_params {target_params} cannot be met by any share of the variance: raise it.")
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if count(at_share(middle)) <= budget else (low, middle)
+    return at_share(low)
 
 
 def block_parameters(model: PreTrainedModel) -> int:
@@ -116,23 +201,31 @@ def block_parameters(model: PreTrainedModel) -> int:
 def parameter_counter(model: PreTrainedModel, architecture: Architecture) -> Callable[[SlicePlan], int]:
     """Return a function that counts the decoder blocks' stored parameters after slicing the dense ``model`` by a plan.
 
-    With r_s readers' rows, w_s writers' columns (one more for a bias) at site s, the blocks store
-    ``fixed + sum_s r_s d_s + w_s d_{s+1} + [shortcut] d_s d_{s+1}``.
+    With r_s readers' rows and w_s writers' columns (one more for a bias) at site s, the blocks store
+    ``fixed + sum_s r_s d_s + w_s d_{s+1} + shortcut_s``.
     """
     full = model.config.hidden_size
-    readers, writers = [], []
+    rows, columns = [], []
     fixed = block_parameters(model)
     for _, layer, sublayer in architecture.sites(model):
-        readers.append(sum(at(layer, reader).out_features for reader in sublayer.readers))
-        writer = at(layer, sublayer.writer)
-        writers.append(writer.in_features + (writer.bias is not None))
-        fixed -= (readers[-1] + writers[-1] + 1) * full  # the one is the norm's weight, folded away
+        rows.append(0)
+        columns.append(0)
+        for branch in sublayer.branches:
+            norm_bias = getattr(at(layer, branch.norm), "bias", None)
+            for reader in weights(layer, branch.readers):
+                rows[-1] += reader.matrix.numel() // full
+                if norm_bias is not None and reader.bias is None:
+                    fixed += reader.matrix.shape[-2]
+            for writer in weights(layer, branch.writers):
+                columns[-1] += writer.matrix.numel() // full + (writer.bias is not None)
+        for norm in {branch.norm for branch in sublayer.branches}:
+            fixed -= sum(parameter.numel() for parameter in at(layer, norm).parameters())
+    fixed -= (sum(rows) + sum(columns)) * full
 
     def count(plan: SlicePlan) -> int:
         total = fixed
-        for site, (rows, columns) in enumerate(zip(readers, writers, strict=True)):
-            width, following = plan.widths[site], plan.widths[site + 1]
-            total += rows * width + columns * following + plan.has_shortcut(site) * width * following
+        for site, (reading, writing) in enumerate(zip(rows, columns, strict=True)):
+            total += reading * plan.widths[site] + writing * plan.widths[site + 1] + plan.shortcut_parameters(site)
         return total
 
     return count
@@ -147,12 +240,43 @@ def check_plan(plan: SlicePlan, model: PreTrainedModel) -> None:
         and len(plan.widths) == len(plan.groups) == sites
         and all(isinstance(width, int) and 0 < width <= full for width in plan.widths)
         and all(isinstance(group, int) for group in plan.groups)
+        and len(set(zip(plan.groups, plan.widths, strict=True))) == len(set(plan.groups))
     )
     if not fits:
         raise InputError(
-            f"the plan (quantization_config of a sliced model) does not fit a model of {sites} norm sites and hidden "
-            f"size {full}: it was made for another one or was edited."
+            f"the plan (widths, or the quantization_config of a sliced model) does not fit a model of {sites} norm "
+            f"sites and hidden size {full}: give every site a size of 1 to {full}, the same within a group."
         )
+
+
+def _groups(basis: Basis, sites: int, head_is_sliced: bool) -> tuple[int, ...]:
+    """The basis of each site: k consecutive groups of equal length; a head that is not sliced has its own."""
+    sliced = sites if head_is_sliced else sites - 1
+    number = {"per-norm": sliced, "shared": 1}.get(basis, basis)  # type: ignore[arg-type]
+    if not isinstance(number, int) or isinstance(basis, bool) or not 1 <= number <= sliced:
+        raise InputError(f"basis must be 'per-norm', 'shared' or a number of groups from 1 to {sliced}, not {basis!r}.")
+    groups = [site * number // sliced for site in range(sliced)]
+    return tuple(groups if head_is_sliced else [*groups, number])
+
+
+def _round_to(round_to: int | str, model: PreTrainedModel) -> int:
+    if round_to == "auto":
+        return TILE.get(model.device.type, TILE["cpu"])
+    if not isinstance(round_to, int) or round_to < 1:
+        raise InputError(f"round_to must be 'auto' or a whole number of at least 1, not {round_to!r}.")
+    return round_to
+
+
+def _budget(model: PreTrainedModel, target_params: float) -> float:
+    if not 0 < target_params <= 1:
+        raise InputError(f"target_params must be above 0 and at most 1, not {target_params}.")
+    return target_params * block_parameters(model)
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    """Raise InputError unless ``value`` is one of a Literal's ``choices``."""
+    if value not in get_args(choices):
+        raise InputError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, not {value!r}.")
 
 
 def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None:
@@ -170,10 +294,11 @@ def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"{name} has dtype {parameter.dtype}: load the model in float32, bfloat16 or float16.")
     for index, layer, sublayer in architecture.sites(model):
-        for path in (*sublayer.readers, sublayer.writer):
-            linear = at(layer, path)
-            if type(linear) is not nn.Linear:
-                raise InputError(
-                    f"{architecture.layers}.{index}.{path} is a {type(linear).__module__}.{type(linear).__name__}, "
-                    "not a plain torch.nn.Linear: merge adapters before slicing."
-                )
+        for branch in sublayer.branches:
+            for weight in weights(layer, branch.readers + branch.writers):
+                if weight.name not in weight.owner._parameters:
+                    kind = type(weight.owner)
+                    raise InputError(
+                        f"{architecture.layers}.{index}.{branch.modules[0]} holds a {kind.__module__}.{kind.__name__}, "
+                        "not a plain linear layer: merge adapters before slicing."
+                    )

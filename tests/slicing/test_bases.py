@@ -145,5 +145,7 @@ def test_activations_that_are_not_finite_name_the_layer():
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[3, 5] = torch.inf
-    with pytest.raises(InputError, match=r"entering model\.layers\.1\.mlp are not finite in torch\.float32"):
+    with pytest.raises(
+        InputError, match=r"entering model\.layers\.1\.post_attention_layernorm are not finite in torch\.float32"
+    ):
         find_bases(model, [tokens(4, 32)], make_plan(model, sparsity=0.3), progress=False)

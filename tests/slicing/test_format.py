@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slicegpt_fast import InputError, slice_model
+from slicegpt_fast.architectures import architecture_of
 from slicegpt_fast.slicing import slice_config_of
 
 
 def sliced_model(family="llama", basis="per-norm", **options):
-    return slice_model(tiny_model(family, **options), [tokens(4, 32)], sparsity=0.25, basis=basis, progress=False)
+    model = tiny_model(family, **options)
+    slice_head = architecture_of(model).keeps_width
+    return slice_model(model, [tokens(4, 32)], sparsity=0.25, basis=basis, slice_head=slice_head, progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,7 +161,7 @@ def test_lora(loaded, tmp_path):
     if loaded:
         sliced = AutoModelForCausalLM.from_pretrained(tmp_path / "sliced")
     adapted = get_peft_model(
-        sliced, LoraConfig(target_modules=["q_proj", "down_proj", "mlp_shortcut"], init_lora_weights=False)
+        sliced, LoraConfig(target_modules=["q_proj", "down_proj", "feedforward_shortcut"], init_lora_weights=False)
     )
     ids = tokens(2, 9)
     adapted(ids, labels=ids).loss.backward()
@@ -205,9 +208,11 @@ class TestDamagedCheckpoints:
 
     def test_missing_tensor(self, folder):
         weights = load_file(folder / "model.safetensors")
-        del weights["model.layers.1.mlp_shortcut.weight"]
+        del weights["model.layers.1.feedforward_shortcut.weight"]
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        with pytest.raises(InputError, match=r"the checkpoint lacks model\.layers\.1\.mlp_shortcut\.weight"):
+        with pytest.raises(
+            InputError, match=r"the checkpoint lacks weights \(such as model\.layers\.1\.feedforward_shortcut\.weight\)"
+        ):
             AutoModelForCausalLM.from_pretrained(folder)
 
     @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, tiny_model, tokens
+from models import FAMILIES, LLAMA_FAMILIES, tiny_model, tokens
 
 from slicegpt_fast import slice_model
+from slicegpt_fast.architectures import architecture_of
 from slicegpt_fast.slicing import apply_bases, find_bases, make_plan
 
 
@@ -26,6 +27,36 @@ def test_no_sparsity_leaves_the_logits(family, basis, tied):
         sliced = slice_model(model, [tokens(4, 32, seed=1)], sparsity=0, basis=basis, signal=signal, progress=False)
         assert (sliced(ids).logits - expected).abs().max() <= 1e-5 * spread(expected)
     assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_shared_slice_is_a_projection_before_every_norm(family):
+    """Nothing but the norms reads the stream, so projecting their inputs is the whole of a slice by one basis."""
+    model = tiny_model(family)
+    plan = make_plan(model, sparsity=0.3, basis="shared")
+    bases = find_bases(model, [tokens(4, 32, seed=1)], plan, progress=False)
+    ids = tokens(2, 19)
+    sliced = apply_bases(model, bases, progress=False)(ids).logits
+    dense = model(ids).logits
+    exact = torch.float32 if family in ("mixtral", "qwen3-moe") else torch.float64  # grouped matmuls know no fp64
+    projected = copy.deepcopy(model).to(exact)
+    projection = (bases.matrices[0] @ bases.matrices[0].T).to(exact)
+    norms = {branch.norm for sublayer in architecture_of(model).sublayers for branch in sublayer.branches}
+    final = architecture_of(model).final_norm
+
+    def project(_, inputs):
+        stream = inputs[0]
+        if architecture_of(model).centered:
+            stream = stream - stream.mean(-1, keepdim=True)
+        return (stream @ projection,)
+
+    for name, module in projected.named_modules():
+        if name == final or any(name.endswith(f".{norm}") for norm in norms):
+            module.register_forward_pre_hook(project)
+    expected = projected(ids).logits
+    assert (expected - dense).abs().max() > 0.01 * spread(dense)
+    assert (sliced - expected).abs().max() <= 1e-5 * spread(expected)
 
 
 @torch.no_grad()
@@ -49,10 +80,10 @@ def projected_logits(model, bases, ids):
 
 
 @pytest.mark.parametrize("basis", ["per-norm", "shared"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FAMILIES)
 @torch.no_grad()
 def test_slicing_is_projection(family, basis):
-    model = tiny_model(family)
+    model = tiny_model(family, **{"sliding_window": None} if family == "mistral" else {})
     plan = make_plan(model, sparsity=0.3, basis=basis, slice_head=basis == "per-norm")
     assert set(plan.widths) == {32}
     bases = find_bases(model, [tokens(4, 32, seed=1)], plan, progress=False)
@@ -64,6 +95,41 @@ def test_slicing_is_projection(family, basis):
     assert (exact - expected).abs().max() <= 1e-6 * spread(expected)  # norms and rotary tables are fp32 in any model
     sliced = apply_bases(model, bases, progress=False)(ids).logits
     assert (sliced - expected).abs().max() <= 1e-5 * spread(expected)
+
+
+ROPE = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "short_factor": [1.0] * 6,
+        "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+        "original_max_position_embeddings": 16,
+        "factor": 8.0,
+    },
+}
+
+
+@pytest.mark.parametrize("length", [12, 40])
+@pytest.mark.parametrize("rope_type", ROPE)
+@torch.no_grad()
+def test_rotary_variants_stay_right(rope_type, length):
+    """Positions reach the attention unchanged, below and beyond the length that the model was first trained on."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0} | ROPE[rope_type]
+    model = tiny_model("phi3" if rope_type == "longrope" else "llama", rope_parameters=rope, max_position_embeddings=32)
+    ids = tokens(2, length)
+    expected = model(ids).logits
+    plain = tiny_model("phi3" if rope_type == "longrope" else "llama", max_position_embeddings=32)(ids).logits
+    if rope_type != "dynamic" or length > 32:
+        assert (plain - expected).abs().max() > 0.01 * spread(expected)
+    sliced = slice_model(model, [tokens(4, length, seed=1)], sparsity=0, progress=False)
+    assert (sliced(ids).logits - expected).abs().max() <= 1e-5 * spread(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

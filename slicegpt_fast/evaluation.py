@@ -1,0 +1,150 @@
+"""What a model is worth and what it costs: perplexity, stored parameters, bytes, FLOPs per token, tokens per second."""
+
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from slicegpt_fast.errors import InputError
+
+ROWS_PER_STEP = 256  # bounds the fp32 copy of the logits: 50 MB at a vocabulary of 49152
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel, batches: Iterable[Tensor | Mapping[str, Tensor]], *, progress: bool = False
+) -> float:
+    """exp of the mean negative log-likelihood over every token that has a predecessor in its sequence.
+
+    The log-softmax is taken in fp32 and summed in fp64, whatever the model's dtype. Padded positions are neither scored
+    nor predicted from. Pad on the right: the positions of padding on the left count in most models.
+
+    Args:
+        model: a causal language model; its training mode is left as it was.
+        batches: token ids [B, T], or mappings with ``input_ids`` and ``attention_mask``, both [B, T].
+        progress: show a progress bar.
+
+    Raises:
+        InputError: there is no token to score.
+    """
+    total, scored = 0.0, 0
+    training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress):
+            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            tokens = inputs["input_ids"]
+            mask = inputs.get("attention_mask", torch.ones_like(tokens)).bool()
+            keep = mask[:, 1:] & mask[:, :-1]
+            targets = tokens[:, 1:].masked_fill(~keep, -100)
+            total += _negative_log_likelihood(logits, targets)
+            scored += int(keep.sum())
+    finally:
+        model.train(training)
+    if not scored:
+        raise InputError("there is no token to score: give a sequence of at least two tokens.")
+    return torch.tensor(total / scored, dtype=torch.float64).exp().item()  # inf instead of an overflow error
+
+
+def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
+    """Sum of -log softmax(logits)[target]. logits: [B, T, V]; targets: [B, T], -100 where nothing is scored."""
+    return sum(
+        F.cross_entropy(rows.float(), wanted, ignore_index=-100, reduction="sum").item()
+        for sequence, row_targets in zip(logits, targets, strict=True)
+        for rows, wanted in zip(sequence.split(ROWS_PER_STEP), row_targets.split(ROWS_PER_STEP), strict=True)
+    )
+
+
+def stored_parameters(model: nn.Module) -> int:
+    """Number of parameters of the model; a tensor that several modules share (a tied head) counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the stored parameters in their present dtypes."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def flops_per_token(model: PreTrainedModel) -> int:
+    """Matmul FLOPs of a token's forward pass: 2 for each weight of each matrix that it is multiplied with.
+
+    These are all matrices, the head (tied or not) and shortcuts included; not embedding tables, which are looked up; of
+    stacked experts [E, out, in] only those a token is routed to. Left out are norms, activations, and the attention
+    scores, whose cost grows with the context.
+    """
+    flops = 0
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim == 3:
+                flops += 2 * parameter.numel() // parameter.shape[0] * model.config.num_experts_per_tok
+            elif parameter.ndim == 2 and not isinstance(module, nn.Embedding):
+                flops += 2 * parameter.numel()
+    return flops
+
+
+class Speed(NamedTuple):
+    """Tokens per second, measured."""
+
+    prefill: float
+    decode: float
+
+
+@torch.inference_mode()
+def tokens_per_second(
+    models: Sequence[PreTrainedModel],
+    prompt: Tensor,
+    *,
+    new_tokens: int = 32,
+    rounds: int = 5,
+    progress: bool = False,
+) -> list[Speed]:
+    """Prefill and decode speed of each model, side by side.
+
+    The models take turns, so that whatever slows the machine down slows all of them. Each figure is the median of
+    ``rounds`` turns, after one to warm up.
+
+    Args:
+        models: the models to compare.
+        prompt: token ids [B, T]; prefill is one forward pass over all of them.
+        new_tokens: decode is that many forward passes over [B, 1] after the prompt, greedy, with the model's cache.
+        rounds: timed turns of each model.
+        progress: show a progress bar.
+    """
+    seconds: list[list[tuple[float, float]]] = [[] for _ in models]
+    for turn in tqdm(range(rounds + 1), desc="speed", unit="round", disable=not progress):
+        for model, times in zip(models, seconds, strict=True):
+            measured = _time_once(model, prompt.to(model.device), new_tokens)
+            if turn:
+                times.append(measured)
+    return [
+        Speed(
+            prefill=prompt.numel() / statistics.median(prefill for prefill, _ in times),
+            decode=prompt.shape[0] * new_tokens / statistics.median(decode for _, decode in times),
+        )
+        for times in seconds
+    ]
+
+
+def _time_once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill and of the decode steps after it."""
+    begin = _now(model)
+    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    prefilled = _now(model)
+    for _ in range(new_tokens):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    return prefilled - begin, _now(model) - prefilled
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

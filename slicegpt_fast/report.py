@@ -1,0 +1,201 @@
+"""What a slice did, for people: a table of dense against sliced, and a plot of the spectra that were cut."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
+from slicegpt_fast.search import Trial
+from slicegpt_fast.slicing import Bases, SlicePlan, block_parameters, slice_config_of
+from slicegpt_fast.slicing.layers import narrow_
+
+FLOOR = 1e-12  # a share of the variance below this is rounding
+
+
+class Row(NamedTuple):
+    """One measure of the two models."""
+
+    label: str
+    dense: float
+    sliced: float
+    format: Callable[[float], str]
+
+
+def decimal(value: float) -> str:
+    """A number with a decimal prefix: 134515008 is "134.5 M"."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f} {prefix}"
+    return f"{value:.1f}"
+
+
+def size_rows(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[Row]:
+    """What follows from the models alone: stored parameters, bytes, FLOPs per token."""
+    return [
+        Row("stored parameters", stored_parameters(dense), stored_parameters(sliced), decimal),
+        Row("  in decoder blocks", block_parameters(dense), block_parameters(sliced), decimal),
+        Row("bytes", stored_bytes(dense), stored_bytes(sliced), lambda size: f"{decimal(size)}B"),
+        Row("matmul FLOPs per token", flops_per_token(dense), flops_per_token(sliced), decimal),
+    ]
+
+
+def size_notes(dense: PreTrainedModel) -> list[str]:
+    """What has to be said beside :func:`size_rows`."""
+    notes = ["FLOPs: 2 for each weight of each matrix, head included; attention scores excluded."]
+    if dense.config.tie_word_embeddings:
+        notes.insert(0, "Stored: the dense model's head is its embedding table; slicing makes two tables of them.")
+    return notes
+
+
+def kept_directions(plan: SlicePlan) -> str:
+    """The kept sizes of the norms in the decoder layers, as "512 of 576" or "480 to 560 of 576"."""
+    low, high = min(plan.widths[:-1]), max(plan.widths[:-1])
+    return f"{low} of {plan.full_width}" if low == high else f"{low} to {high} of {plan.full_width}"
+
+
+def plan_title(name: str, plan: SlicePlan) -> str:
+    """What stands above the results of a slice."""
+    return f"{name}, {plan.basis} basis, {plan.signal} signal, {kept_directions(plan)} directions kept"
+
+
+def describe(source: str) -> dict[str, str]:
+    """What a model is, dense or sliced, from its config alone: no weight is read.
+
+    Args:
+        source: a hub id or a local folder.
+
+    Raises:
+        InputError: there is no config of a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source} is not a model to describe: {str(error).strip().splitlines()[0]}") from error
+    facts = {"model type": config.model_type, "dtype": str(config.dtype or "not recorded")}
+    try:
+        dense_blocks = block_parameters(model)
+    except InputError as error:
+        return {**facts, "sliced": f"no, and it cannot be: {error}"}
+    if slice_config := slice_config_of(config):
+        plan = slice_config.plan()
+        narrow_(model, plan)
+        shortcuts = f"{plan.shortcut} shortcuts" if len(set(plan.groups)) > 1 else "no shortcuts"
+        rank = "" if plan.shortcut_rank is None else f" of rank {plan.shortcut_rank} at most"
+        facts |= {
+            "sliced": f"{plan.basis} basis, {plan.signal} signal, {shortcuts}{rank}",
+            "calibrated on": f"{slice_config.calibration_tokens} tokens",
+            "directions kept": f"{kept_directions(plan)}, {plan.widths[-1]} at the head",
+        }
+    else:
+        facts["sliced"] = "no, but it can be"
+    blocks = block_parameters(model)
+    return {
+        **facts,
+        "stored parameters": decimal(stored_parameters(model)),
+        "  in decoder blocks": f"{decimal(blocks)} ({blocks / dense_blocks:.3f} of the dense model's)",
+    }
+
+
+def comparison(title: str, rows: Iterable[Row], notes: Iterable[str]) -> Group:
+    """The table dense | sliced | sliced / dense, with notes below it."""
+    table = Table("", title=title, title_justify="left", title_style="bold")
+    for name in ("dense", "sliced", "sliced / dense"):
+        table.add_column(name, justify="right")
+    for label, dense, sliced, form in rows:
+        table.add_row(label, form(dense), form(sliced), f"{sliced / dense:.3f}")
+    return Group(table, *(Text(note, style="dim") for note in notes))
+
+
+def trial_table(trials: Iterable[Trial], caption: str) -> Table:
+    """The plans that were tried, the best first."""
+    table = Table(
+        "basis plan", title="Plans within the budget", title_justify="left", title_style="bold", caption=caption
+    )
+    for name in ("kept size", "stored", "perplexity"):
+        table.add_column(name, justify="right")
+    for trial in trials:
+        table.add_row(trial.name, str(trial.width), f"{trial.stored:.3f}", f"{trial.perplexity:.2f}")
+    return table
+
+
+def plot_spectra(bases: Bases, path: Path, *, sites: Tensor | None = None) -> None:
+    """Draw the spectra that were cut as a PNG: the variance of each direction, and what the leading ones explain.
+
+    Args:
+        bases: from ``find_bases``; their spectra are drawn, the cut at the plan's width is marked.
+        path: the file to write.
+        sites: [S, D] descending eigenvalues at every norm site, to be drawn beside the spectrum of a shared basis.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
+    variance, explained = figure.subplots(1, 2)
+    coloured = bases.spectra if sites is None else sites
+    depth = ScalarMappable(Normalize(0, max(len(coloured) - 1, 1)), "viridis")
+    colours = depth.to_rgba(np.arange(len(coloured)))
+    curves = [(spectrum, dict(color=colour, lw=0.8)) for spectrum, colour in zip(coloured, colours, strict=True)]
+    if sites is not None:
+        curves += [(spectrum, dict(color="black", lw=2, label="the shared basis")) for spectrum in bases.spectra]
+
+    plan, full = bases.plan, bases.plan.full_width
+    low, high = min(plan.widths[:-1]), max(plan.widths[:-1])
+    for spectrum, style in curves:
+        share = spectrum.double().cpu() / spectrum.double().sum().item()
+        variance.semilogy(range(1, full + 1), share.clamp(min=FLOOR), **style)
+        explained.semilogy(range(1, full), (1 - share.cumsum(0))[:-1].clamp(min=FLOOR), **style)  # the last leaves 0
+    for axes in (variance, explained):
+        axes.axvspan(low, full, color="crimson", alpha=0.08, lw=0)
+        axes.axvline(low, color="crimson", lw=1.5, ls="--", label=f"cut: {kept_directions(plan)} directions kept")
+        axes.axvline(high, color="crimson", lw=1.5, ls="--")
+        axes.set_xlim(1, full)
+        axes.set_xlabel("direction, by falling variance")
+        axes.grid(alpha=0.3, lw=0.5)
+    variance.set_ylabel("share of the site's variance")
+    variance.legend(loc="upper right")
+    explained.set_ylabel("variance explained by the leading directions")
+    explained.invert_yaxis()  # drawn as what is left over, so that the nines are far apart
+    explained.yaxis.set_major_locator(LogLocator())
+    explained.yaxis.set_major_formatter(FuncFormatter(lambda left, _: f"{100 * (1 - left):.8g} %"))
+    if len(coloured) > 1:
+        figure.colorbar(depth, ax=explained, label="norm sites, from the embedding to the head")
+    figure.suptitle(f"Covariance of the residual stream at the norms ({plan.basis} basis, {plan.signal} signal)")
+    figure.savefig(path)
+
+
+def plot_trade_off(plans: Mapping[str, Iterable[tuple[float, float]]], dense: float, path: Path) -> None:
+    """Draw perplexity against stored parameters as a PNG, a line per basis plan.
+
+    Args:
+        plans: name -> (stored parameters of the decoder blocks as a share of the dense ones, perplexity).
+        dense: perplexity of the dense model.
+        path: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for name, points in plans.items():
+        stored, perplexities = zip(*sorted(points), strict=True) if points else ((), ())
+        axes.semilogy(stored, perplexities, marker="o", lw=1.5, ms=4, label=name)
+    axes.axhline(dense, color="black", ls="--", lw=1, label=f"dense ({dense:.2f})")
+    axes.set_xlabel("stored parameters of the decoder blocks, as a share of the dense model's")
+    axes.set_ylabel("perplexity on held-out text")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, lw=0.5, which="both")
+    axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,137 @@
+"""Calibration tokens on their way through the dense model, one norm site at a time."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slicegpt_fast.architectures import Sublayer, architecture_of, at
+from slicegpt_fast.errors import InputError
+
+Batch = Tensor | Mapping[str, Tensor]
+
+
+@dataclass
+class Stream:
+    """The residual stream of the calibration batches.
+
+    Attributes:
+        states: one [B, T, D] tensor per batch.
+        counted: one [B * T] bool tensor per batch, false at padding.
+        layer_arguments: per batch, the keyword arguments that each decoder layer is called with.
+        tokens: how many positions count.
+    """
+
+    states: list[Tensor]
+    counted: list[Tensor]
+    layer_arguments: list[list[dict[str, Any]]]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A norm site: the path of the norm the stream enters next, and the sublayer behind it (none at the final norm)."""
+
+    path: str
+    norm: nn.Module
+    index: int = -1
+    layer: nn.Module | None = None
+    sublayer: Sublayer | None = None
+
+
+def stops(model: PreTrainedModel) -> list[Stop]:
+    """The norm sites of a model in the stream's order."""
+    architecture = architecture_of(model)
+    found = []
+    for index, layer, sublayer in architecture.sites(model):
+        norm = sublayer.branches[0].norm
+        found.append(Stop(f"{architecture.layers}.{index}.{norm}", at(layer, norm), index, layer, sublayer))
+    return [*found, Stop(architecture.final_norm, at(model, architecture.final_norm))]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside, the model's own mode after."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def enter(model: PreTrainedModel, calibration: Iterable[Batch], *, at_least: int) -> Stream:
+    """Embed the calibration batches.
+
+    Raises:
+        InputError: a malformed batch, token ids beyond the vocabulary, or fewer than ``at_least`` tokens.
+    """
+    architecture = architecture_of(model)
+    device = at(model, architecture.embeddings[0]).weight.device
+    batches = [_checked(batch, index, model.config.vocab_size, device) for index, batch in enumerate(calibration)]
+    counted = [batch["attention_mask"].bool().flatten() for batch in batches]
+    tokens = sum(int(mask.sum()) for mask in counted)
+    if tokens < at_least:
+        raise InputError(
+            f"calibration has {tokens} tokens, but a basis of {at_least} directions needs at least as many: give more "
+            "text."
+        )
+    layers = list(at(model, architecture.layers).children())
+    states, layer_arguments = map(list, zip(*(_embed(model, layers, batch) for batch in batches), strict=True))
+    return Stream(states, counted, layer_arguments, tokens)
+
+
+def _checked(batch: Batch, index: int, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
+    """One calibration batch as ``input_ids`` and ``attention_mask``, both [B, T], on the model's device."""
+    name = f"calibration batch {index}"
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        raise InputError(
+            f"{name} must be a tensor of token ids or a mapping with input_ids, not {type(batch).__name__}."
+        )
+    ids = torch.atleast_2d(batch["input_ids"])
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else torch.atleast_2d(mask)
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise InputError(f"{name}: input_ids must be integers of shape [B, T], not {ids.dtype} {list(ids.shape)}.")
+    if mask.shape != ids.shape:
+        raise InputError(f"{name}: attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}.")
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.numel():
+        raise InputError(
+            f"{name} holds token id {int(wrong[0])}, but the model's vocabulary has {vocab_size}: use the model's own "
+            "tokenizer."
+        )
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _embed(model: PreTrainedModel, layers: list[nn.Module], batch: dict[str, Tensor]) -> tuple[Tensor, list[dict]]:
+    """The embedded tokens [B, T, D] of a batch, and the keyword arguments that each decoder layer is called with.
+
+    The model's own forward makes them (masks, rotary positions: they differ between releases and layers); the layers
+    themselves are stubbed out.
+    """
+    streams: list[Tensor] = []
+    layer_arguments: list[dict[str, Any]] = []
+
+    architecture = architecture_of(model)
+
+    def stub(hidden_states: Tensor, *positional: Any, **arguments: Any) -> Any:
+        streams.append(hidden_states)
+        layer_arguments.append(arguments | dict(zip(architecture.positional, positional, strict=False)))
+        return (hidden_states, None) if architecture.returns_tuple else hidden_states
+
+    inputs = dict(batch)
+    if not batch["attention_mask"].all():
+        inputs["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(patch.object(layer, "forward", stub))
+        model.base_model(**inputs, use_cache=False)
+    return streams[0], layer_arguments

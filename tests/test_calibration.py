@@ -1,0 +1,188 @@
+"""Text becomes the token windows it should, and unusable text is named."""
+
+import random
+import sys
+
+import datasets
+import pytest
+import torch
+from texts import TEXT, word_tokenizer
+
+from slicegpt_fast import InputError
+from slicegpt_fast.calibration import (
+    DATASETS,
+    batched,
+    dataset_documents,
+    join_documents,
+    text_documents,
+    token_windows,
+)
+
+
+class TestFiles:
+    def test_files_in_the_order_given_and_folders_sorted(self, tmp_path):
+        for name in ("b.txt", "a.md", "sub/c.TXT", "ignored.json", "one.log"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(f"text of {name}", encoding="utf-8")
+        documents = text_documents([tmp_path / "one.log", str(tmp_path)])
+        assert documents == [f"text of {name}" for name in ("one.log", "a.md", "b.txt", "sub/c.TXT")]
+
+    def test_home_is_expanded(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "a.txt").write_text("at home")
+        assert text_documents(["~/a.txt"]) == ["at home"]
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(
+            InputError, match=r"^text .*/no does not exist: give text files or folders of text files\.$"
+        ):
+            text_documents([tmp_path / "no"])
+
+    def test_folder_without_text(self, tmp_path):
+        (tmp_path / "a.json").write_text("{}")
+        with pytest.raises(InputError, match=r"holds no \.txt or \.md file: name the text files themselves\.$"):
+            text_documents([tmp_path])
+
+    def test_not_utf8(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
+        with pytest.raises(InputError, match=r"a\.txt is not UTF-8 \(byte 2 is not\): convert it to UTF-8\.$"):
+            text_documents([tmp_path])
+
+    def test_unreadable(self, tmp_path, monkeypatch):
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        (tmp_path / "a.txt").write_text("secret")
+        monkeypatch.setattr("pathlib.Path.read_text", refuse)
+        with pytest.raises(InputError, match=r"cannot be read \(Permission denied\): check its permissions\.$"):
+            text_documents([tmp_path / "a.txt"])
+
+
+class TestWindows:
+    def test_protocol(self):
+        """Extracts shuffled with Python's own generator, a blank line between, no special tokens, cut in order."""
+        extracts = [f"{number} {TEXT}" for number in range(7)]
+        shuffled = list(extracts)
+        random.Random(0).shuffle(shuffled)
+        text = join_documents(extracts, seed=0)
+        assert text == "\n\n".join(shuffled) != join_documents(extracts) == "\n\n".join(extracts)
+
+        tokenizer = word_tokenizer()
+        windows = token_windows(tokenizer, text[:500], 8)
+        ids = tokenizer.backend_tokenizer.encode(text[:500], add_special_tokens=False).ids
+        assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id  # which the windows leave out
+        assert windows.dtype == torch.long
+        assert windows.shape == (len(ids) // 8, 8)
+        assert windows.flatten().tolist() == ids[: len(ids) // 8 * 8]
+
+    def test_exactly_enough(self):
+        assert token_windows(word_tokenizer(), "the cat " * 6, 4, count=3).shape == (3, 4)
+
+    @pytest.mark.parametrize("text", ["", "the cat " * 5])
+    def test_too_short(self, text):
+        found = len(text.split())
+        message = (
+            rf"^the text has {found} tokens, but 12 are needed \(3 windows of 4\): give more text, or ask for fewer or "
+            r"shorter windows\.$"
+        )
+        with pytest.raises(InputError, match=message):
+            token_windows(word_tokenizer(), text, 4, count=3)
+
+    @pytest.mark.parametrize(("length", "count"), [(1, 3), (8, 0), (0, 1), (-8, 1)])
+    def test_out_of_range(self, length, count):
+        with pytest.raises(InputError, match=f"^{count} windows of {length} tokens are no text: ask for 1 of 2 tokens"):
+            token_windows(word_tokenizer(), TEXT, length, count=count)
+
+    @pytest.mark.parametrize(
+        ("length", "sizes"), [(512, [4, 3]), (2048, [1] * 7), (4096, [1] * 7), (700, [2, 2, 2, 1])]
+    )
+    def test_batches_hold_about_2048_tokens(self, length, sizes):
+        windows = torch.arange(7 * length).view(7, length)
+        batches = batched(windows)
+        assert [len(batch) for batch in batches] == sizes
+        assert torch.equal(torch.cat(batches), windows)
+
+
+class TestDatasets:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """What `load_dataset` was asked for; it gives three rows."""
+        calls = []
+
+        def load_dataset(path, **options):
+            calls.append((path, options))
+            return datasets.Dataset.from_dict({"text": ["a", "", "b"], "sentence": ["c", "d", "e"], "label": [0, 1, 2]})
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return calls
+
+    @pytest.mark.parametrize("purpose", ["calibration", "evaluation"])
+    @pytest.mark.parametrize("name", DATASETS)
+    def test_presets(self, calls, name, purpose):
+        source = DATASETS[name]
+        documents = dataset_documents(name, purpose)
+        assert documents == (["c", "d", "e"] if name == "ptb" else ["a", "", "b"])
+        split = {"calibration": source.calibration, "evaluation": source.evaluation}[purpose]
+        assert calls == [(source.path, {"split": split, **source.options})]
+
+    def test_presets_never_test_on_what_they_calibrate_on(self):
+        assert all(source.calibration != source.evaluation for source in DATASETS.values())
+
+    def test_any_other_dataset(self, calls):
+        dataset_documents("owner/name", "evaluation")
+        dataset_documents("owner/name:config", "calibration", "validation[:5]")
+        assert calls == [
+            ("owner/name", {"split": "test", "name": None}),
+            ("owner/name", {"split": "validation[:5]", "name": "config"}),
+        ]
+
+    def test_a_dataset_on_disk(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "train.jsonl").write_text('{"body": "first", "n": 1}\n{"body": "second", "n": 2}\n')
+        assert dataset_documents(str(tmp_path / "data"), "calibration") == ["first", "second"]
+        with pytest.raises(InputError, match=r"^dataset .*data cannot be loaded: .*test"):
+            dataset_documents(str(tmp_path / "data"), "evaluation")
+
+    def test_no_single_column_of_text(self, monkeypatch):
+        rows = datasets.Dataset.from_dict({"question": ["a"], "answer": ["b"]})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+        message = (
+            r"^dataset owner/qa has no column of text named 'text' \(it has question, answer\): write its text to a "
+            r"file and use that\.$"
+        )
+        with pytest.raises(InputError, match=message):
+            dataset_documents("owner/qa", "calibration")
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [
+            (
+                datasets.exceptions.DatasetNotFoundError("..."),
+                r"^dataset no/such does not exist or is not public: give one of wikitext2, alpaca, c4, ptb, or another",
+            ),
+            (
+                ConnectionError("Couldn't reach the Hub"),
+                r"^dataset no/such cannot be downloaded and is not in the local cache: go online, or use text files\.$",
+            ),
+            (
+                ValueError("Unknown split 'x'. Should be one of ['train'].\nmore"),
+                r"^dataset no/such cannot be loaded: Unknown split 'x'. Should be one of \['train'\]\.$",
+            ),
+            (RuntimeError(), r"^dataset no/such cannot be loaded: RuntimeError\.$"),
+        ],
+    )
+    def test_failures(self, monkeypatch, error, message):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", fail)
+        with pytest.raises(InputError, match=message):
+            dataset_documents("no/such", "calibration")
+
+    def test_package_missing(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(
+            InputError, match=r"needs the package datasets: pip install 'slicegpt-fast\[datasets\]', or"
+        ):
+            dataset_documents("wikitext2", "calibration")
