@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.ops import norm_linear, residual_linear
+from slicegpt_fast.ops.norm_linear import reference as norm_linear_reference
+from slicegpt_fast.ops.residual_linear import reference as residual_linear_reference
 
 
 class Shape(NamedTuple):
@@ -69,15 +71,18 @@ def tune(shapes: Iterable[Shape], dtype: torch.dtype) -> Iterator[Measured]:
         op, m, n, k = shape
         a = torch.randn(m, k, dtype=dtype, device=device)
         weight = torch.randn(n, k, dtype=dtype, device=device)
+        kernel: Callable[..., Any]
+        reference: Callable[..., Any]
+        arguments: tuple[Any, ...]
         if op == "norm_linear":
+            kernel, reference, epilogue = norm_kernels.norm_linear, norm_linear_reference, None
             arguments = (a, weight, None, 1e-5, k, torch.rand(m, device=device) + 1, None, 0)
-            kernel, reference, epilogue = norm_kernels.norm_linear, norm_linear.reference, None
         else:
+            kernel, reference, epilogue = residual_kernels.residual_linear, residual_linear_reference, "dense"
             arguments = (a[:, n:], weight[:, n:], None, None, a[:, :n], weight[:, :n].T.contiguous())
-            kernel, reference, epilogue = residual_kernels.residual_linear, residual_linear.reference, "dense"
-        reference_us = 1e3 * do_bench(lambda: reference(*arguments), return_mode="median")
+        reference_us = 1e3 * do_bench(partial(reference, *arguments), return_mode="median")
         times = {
-            tile: 1e3 * do_bench(lambda tile=tile: kernel(*arguments, tile=tile), return_mode="median")
+            tile: 1e3 * do_bench(partial(kernel, *arguments, tile=tile), return_mode="median")
             for tile in tiles_for(gpu, dtype, m, True, epilogue)
         }
         tile, kernel_us = min(times.items(), key=lambda item: item[1])

@@ -161,3 +161,18 @@ def test_gradients(shortcut, device):
     a, weight, bias, h, matrices = double(inputs(3, 6, 4, shortcut, torch.float32, device))
     tensors = tuple(x.requires_grad_() for x in (a, weight, bias, h))
     assert torch.autograd.gradcheck(lambda *x: residual_linear(*x, matrices)[0], tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [4, 100])
+def test_cuda_graph_replays(M):
+    a, weight, bias, h, S = inputs(M, 264, 520, "dense", torch.bfloat16, "cuda")
+    expected = residual_linear(a, weight, bias, h, S, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = residual_linear(a, weight, bias, h, S, backend="triton")
+    for _ in range(3):
+        for x in replayed:
+            x.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip(replayed, expected, strict=True))
