@@ -154,7 +154,8 @@ def slice_(
         typer.Option(
             metavar="BASIS",
             help="per-norm: one at each norm, shortcuts between them, as published; shared: one for all; a number: "
-            "that many groups of norms; auto: try the plans that meet --target-params and take the best.",
+            "that many groups of norms; auto: try the plans that meet --target-params, whatever their other options, and "
+            "take the best.",
         ),
     ] = "per-norm",
     signal: Annotated[
