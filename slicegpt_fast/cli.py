@@ -154,8 +154,7 @@ def slice_(
         typer.Option(
             metavar="BASIS",
             help="per-norm: one at each norm, shortcuts between them, as published; shared: one for all; a number: "
-            "that many groups of norms; auto: try the plans that meet --target-params, whatever their other options, and "
-            "take the best.",
+            "that many groups of norms; auto: the best of several plans with all their options, within --target-params.",
         ),
     ] = "per-norm",
     signal: Annotated[

@@ -2,8 +2,8 @@
 
 The backend of a call is the first of: its ``backend`` argument, the innermost ``use_backend`` block, the environment
 variable ``SLICEGPT_FAST_BACKEND``, ``"auto"``. ``auto`` reads the table AUTO from the top and takes the first row
-that fits and whose backend can run the call; a tuned measurement that found torch faster for the shape overrules a
-row.
+that fits and whose backend can run the call. A Triton row counts for the shapes that a tuning table found it faster at
+than torch; the shipped table is empty until somebody has measured on a GPU.
 """
 
 from __future__ import annotations
@@ -70,13 +70,11 @@ class Rule:
 
 
 AUTO = (
-    Rule("covariance_", "cuda", (8, 0), HALF, "tall", "triton", "half the FLOPs of a full matmul"),
-    Rule("norm_linear", "cuda", (8, 0), HALF, "decode", "triton", "one launch, one pass over the weight"),
-    Rule("norm_linear", "cuda", (8, 0), HALF, "prefill", "triton", "no norm kernel; measured shapes may go to torch"),
-    Rule("residual_linear", "cuda", (8, 0), HALF, "decode", "triton", "one launch, one pass over the weights"),
-    Rule(
-        "residual_linear", "cuda", (8, 0), HALF, "prefill", "triton", "no add kernel; measured shapes may go to torch"
-    ),
+    Rule("covariance_", "cuda", (8, 0), HALF, "tall", "triton", "half the FLOPs of a full matmul; where tuned"),
+    Rule("norm_linear", "cuda", (8, 0), HALF, "decode", "triton", "one pass over the weight; where tuned"),
+    Rule("norm_linear", "cuda", (8, 0), HALF, "prefill", "triton", "no norm kernel; where tuned"),
+    Rule("residual_linear", "cuda", (8, 0), HALF, "decode", "triton", "one pass over the weights; where tuned"),
+    Rule("residual_linear", "cuda", (8, 0), HALF, "prefill", "triton", "no add kernel; where tuned"),
     Rule("covariance_", "cpu", (0, 0), (), "tall", "cpu", "half the FLOPs of a full matmul"),
     Rule("norm_linear", "cpu", (0, 0), (), "decode", "cpu", "one pass over the weight"),
     Rule("norm_linear", "cpu", (0, 0), (), "prefill", "cpu", "no norm pass"),
@@ -189,7 +187,7 @@ class Op:
         if backend == "auto":
             for rule in AUTO:
                 if rule.fits(request) and self._refusal(rule.backend, request) is None:
-                    return "reference" if rule.backend == "triton" and _torch_measured_faster(request) else rule.backend
+                    return rule.backend if rule.backend != "triton" or _measured_faster(request) else "reference"
             return "reference"
         refusal = self._refusal(backend, request)
         if refusal is not None:
@@ -223,13 +221,13 @@ def triton_refuses(request: Request) -> str | None:
     return None
 
 
-def _torch_measured_faster(request: Request) -> bool:
-    """True where a tuning table holds a measurement of this shape that torch won."""
+def _measured_faster(request: Request) -> bool:
+    """True where a tuning table holds a measurement of this shape that the Triton kernel won against torch."""
     from slicegpt_fast.triton_kernels.launch import gpu_of
     from slicegpt_fast.triton_kernels.tiles import bucket, tuned
 
     measured = tuned(gpu_of(request.device), request.op, bucket(request.dtype, *request.shape))
-    return measured is not None and measured["reference_us"] < measured["kernel_us"]
+    return measured is not None and measured["kernel_us"] < measured["reference_us"]
 
 
 def require(condition: bool, message: str) -> None:

@@ -75,15 +75,15 @@ def test_auto_skips_a_backend_that_refuses(op):
 )
 def test_auto_on_cuda(op_name, capability, operand, backend, monkeypatch):
     monkeypatch.setattr(Request, "capability", property(lambda self: capability))
-    monkeypatch.setattr(dispatch, "_torch_measured_faster", lambda request: False)
+    monkeypatch.setattr(dispatch, "_measured_faster", lambda request: True)
     regimes = {rule.regime for rule in AUTO if rule.op == op_name}
     for regime in regimes:
         request = Request(op_name, torch.device("cuda"), operand, regime, (64, 64, 64))
         assert OPS[op_name].choose("auto", request) == backend
         if backend == "triton":
-            monkeypatch.setattr(dispatch, "_torch_measured_faster", lambda request: True)
+            monkeypatch.setattr(dispatch, "_measured_faster", lambda request: False)
             assert OPS[op_name].choose("auto", request) == "reference"
-            monkeypatch.setattr(dispatch, "_torch_measured_faster", lambda request: False)
+            monkeypatch.setattr(dispatch, "_measured_faster", lambda request: True)
 
 
 def test_fp32_is_refused_where_triton_would_round_it(monkeypatch):
