@@ -154,7 +154,7 @@ def slice_(
         typer.Option(
             metavar="BASIS",
             help="per-norm: one at each norm, shortcuts between them, as published; shared: one for all; a number: "
-            "that many groups of norms; auto: the best of several plans with all their options, within --target-params.",
+            "that many groups of norms; auto: the best of several plans, options included, within --target-params.",
         ),
     ] = "per-norm",
     signal: Annotated[
