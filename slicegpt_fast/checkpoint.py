@@ -30,7 +30,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
         options.update(dtype=dtype or torch.float32, use_safetensors=None)
         if hasattr(transformers, "GgufConfig"):  # releases that would otherwise keep the blocks packed
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, report = _from_pretrained(AutoModelForCausalLM, source, options)
+    model, report = from_pretrained(AutoModelForCausalLM, source, options)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
@@ -45,7 +45,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none.
     """
-    return _from_pretrained(AutoTokenizer, source, {})
+    return from_pretrained(AutoTokenizer, source, {})
 
 
 def save_model(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -104,7 +104,8 @@ def _is_gguf(source: str | Path) -> bool:
     return Path(source).suffix == ".gguf"
 
 
-def _from_pretrained(loader: Any, source: str | Path, options: dict[str, Any]) -> Any:
+def from_pretrained(loader: Any, source: str | Path, options: dict[str, Any]) -> Any:
+    """Call the ``from_pretrained`` of a transformers class; what it raises becomes an InputError."""
     path = Path(source).expanduser()
     if _is_gguf(source):
         options["gguf_file"] = path.name
