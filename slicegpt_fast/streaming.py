@@ -34,11 +34,12 @@ from slicegpt_fast.ops.covariance import ROWS_PER_STEP
 from slicegpt_fast.slicing import Bases, SlicePlan, first_plan, fit_bases, slice_model
 from slicegpt_fast.slicing.plan import TILE, check_choice
 from slicegpt_fast.slicing.rotation import outline, parts, rotations
-from slicegpt_fast.slicing.shards import INDEX, Shards
+from slicegpt_fast.slicing.shards import INDEX, Shards, empty_model
 from slicegpt_fast.slicing.storage import FolderStorage, write_json
 from slicegpt_fast.slicing.stream import Batch, checked
 
 Activations = Literal["auto", "device", "memory", "disk"]
+OVERHEAD = 2**24  # the model's modules without weights, and what libraries allocate once
 FREE_SHARE = 0.9  # of free memory that activations may fill
 
 
@@ -82,21 +83,22 @@ def slice_checkpoint(
     check_writable(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = _options(arguments, device)
-    config = from_pretrained(AutoConfig, source, {})
-    shards = Shards(Path(source).expanduser(), config, dtype=dtype, device=device)
+    config, checkpoint = from_pretrained(AutoConfig, source, {}), Path(source).expanduser()
+    model = empty_model(checkpoint, config, dtype=dtype)
     batches = checked(calibration, config.vocab_size, torch.device("cpu"))
     plan_options = {name: value for name, value in options.items() if name not in ("schedule", "refit")}
-    plan = first_plan(shards.model, options["schedule"], plan_options)
-    needs = estimate(shards.model, plan, batches, options)
+    plan = first_plan(model, options["schedule"], plan_options)
+    shards = Shards(checkpoint, model, device)
+    needs = estimate(model, plan, batches, options)
     place = _place(activations, device, needs)
     work = folder.with_name(f".{folder.name}.unfinished")
     if progress:
         kept = f"on {place}" if place else "on disk"
         tqdm.write(f"{source} {needs}; activations are kept {kept}, unfinished work in {work}", file=sys.stderr)
-    settings = options | {"dtype": str(shards.model.dtype), "device": device.type} | _identity(shards, batches)
+    settings = options | {"dtype": str(model.dtype), "device": device.type} | _identity(shards, batches)
     with _work_folder(work, settings, needs.disk):
         storage = FolderStorage(work, shards, place)
-        bases = fit_bases(shards.model, batches, storage=storage, progress=progress, **options)
+        bases = fit_bases(model, batches, storage=storage, progress=progress, **options)
         _write(shards, bases, work / "model", progress=progress)
         if tokenizer is not None:
             tokenizer.save_pretrained(work / "model")
@@ -240,7 +242,7 @@ def estimate(
     sites = range(len(plan.groups) - 1)
     stored = sum(map(sum, sizes)) + sum(plan.shortcut_parameters(site) for site in sites)
     return Needs(
-        working=max(calibrating, rotating),
+        working=max(calibrating, rotating) + OVERHEAD,
         activations=activations,
         disk=2 * activations + (matrices + 2) * square + stored * element,  # twice: of the last layer and the next
     )

@@ -111,7 +111,7 @@ def find_bases(
             if stop.sublayer is None or plan.has_shortcut(stop.site):
                 values, vectors = principal_components(covariance)
                 spectra.append(values)
-                matrices.append(vectors[:, : plan.widths[stop.site]].clone())
+                matrices.append(vectors[:, : plan.widths[stop.site]].clone(memory_format=torch.contiguous_format))
             else:
                 unfinished.append(covariance)
             if stop.layer is None or stop.sublayer is None:

@@ -31,39 +31,39 @@ class Source:
     converter: WeightConverter | None = None
 
 
+def empty_model(folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a checkpoint, its parameters on the meta device, in the checkpoint's dtype or another."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or _dtype(_files(folder)[0]))
+    model.tie_weights()
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
 class Shards:
-    """The weights of a checkpoint and the model they belong to, whose parameters are empty until a part is loaded.
+    """The weights of a checkpoint, which fill the parts of an empty model one at a time.
 
     Args:
         folder: holds ``model.safetensors``, or its index and the files that the index names.
-        config: of the model.
-        dtype: of the weights; by default the checkpoint's own.
-        device: where they are loaded to.
+        model: from :func:`empty_model`; its buffers are moved to ``device``.
+        device: where weights are loaded to.
 
     Attributes:
-        model: with parameters on the meta device and buffers on ``device``.
         files: the safetensors files.
 
     Raises:
         InputError: a file is missing or damaged, a tensor is missing or has another shape.
     """
 
-    def __init__(
-        self, folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype | None, device: torch.device
-    ) -> None:
-        self.device, self.files = device, _files(folder)
+    def __init__(self, folder: Path, model: PreTrainedModel, device: torch.device) -> None:
+        self.model, self.device, self.files = model, device, _files(folder)
         shapes = {file: _shapes(file) for file in self.files}
         self._file_of = {name: file for file in self.files for name in shapes[file]}
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or _dtype(self.files[0]))
-        model.tie_weights()
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        self._sources = _sources(model, {name: shape for each in shapes.values() for name, shape in each.items()})
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-        self.model: PreTrainedModel = model.eval()
-        self._sources = _sources(model, {name: shape for file in self.files for name, shape in shapes[file].items()})
 
     @contextmanager
     def loaded(self, *parts: str) -> Iterator[None]:

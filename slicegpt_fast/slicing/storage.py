@@ -169,7 +169,7 @@ class TensorFiles(MutableSequence[Tensor]):
         if self._place is None:
             self._write(file, tensor)
         else:
-            self._held[file] = tensor.to(self._place)
+            self._held[file] = tensor.contiguous().to(self._place)
             self._unwritten.add(file)
         return file
 
