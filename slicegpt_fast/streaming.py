@@ -177,11 +177,11 @@ def _work_folder(work: Path, settings: dict[str, Any], size: int) -> Iterator[No
 
 
 def _compare(there: dict[str, Any], here: dict[str, Any], work: Path) -> None:
-    differing = [
-        f"{name} ({there.get(name)} there, {here.get(name)} now)" if len(str(here.get(name))) < 64 else name
-        for name in there | here
-        if there.get(name) != here.get(name)
-    ]
+    differing = []
+    for name in there | here:
+        values = f" ({there.get(name)} there, {here.get(name)} now)"
+        if there.get(name) != here.get(name):
+            differing.append(name + (values if len(values) < 64 else ""))  # hashes say nothing to a reader
     if differing:
         raise InputError(
             f"{work} holds an unfinished run that differs in {', '.join(differing)}: repeat its command to go on, or "
@@ -228,9 +228,10 @@ def estimate(
     full, element = plan.full_width, model.dtype.itemsize
     square = full * full * 8  # an fp64 matrix [D, D]
     exact = 4 if element == 2 else 8  # what weights are rotated in
-    sizes = [[each.numel() for path in paths for each in at(model, path).parameters()] for paths in parts(model)]
+    weights = [[each for path in paths for each in at(model, path).parameters()] for paths in parts(model)]
+    sizes = [[each.numel() for each in part] for part in weights]
     longest = max((batch["input_ids"].numel() for batch in batches), default=0)
-    widest = max(max(part) for part in sizes[1:-1]) // full
+    widest = max(max(each.shape[-2:]) for part in weights[1:-1] for each in part)
     batch = longest * (8 * full + 4 * widest) * max(element, 4) + 2 * min(longest, ROWS_PER_STEP) * full * 8
     calibrating = max(map(sum, sizes)) * element + 6 * square + batch
     rotating = max(2 * sum(part) * element + 3 * max(part) * exact for part in sizes) + 4 * square
@@ -238,13 +239,13 @@ def estimate(
     streams = 2 if options["refit"] else 1
     activations = streams * sum(batch["input_ids"].numel() for batch in batches) * full * element
     variance, aligned = options["schedule"] == "variance", plan.shortcut == "aligned"
-    matrices = len(set(plan.groups)) * (1 + variance + aligned) + len(plan.groups) * options["refit"] * (1 + aligned)
+    kept = len(set(plan.groups)) * (1 + variance + aligned) + len(plan.groups) * options["refit"] * (1 + aligned)
     sites = range(len(plan.groups) - 1)
     stored = sum(map(sum, sizes)) + sum(plan.shortcut_parameters(site) for site in sites)
     return Needs(
         working=max(calibrating, rotating) + OVERHEAD,
         activations=activations,
-        disk=2 * activations + (matrices + 2) * square + stored * element,  # twice: of the last layer and the next
+        disk=2 * activations + (kept + 2) * square + stored * element,  # twice: of the last layer and the next
     )
 
 
