@@ -3,6 +3,17 @@
 from slicegpt_fast.checkpoint import load_model, load_tokenizer, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import perplexity
+from slicegpt_fast.export import export_plain
+from slicegpt_fast.reference import import_reference
 from slicegpt_fast.slicing import slice_model
 
-__all__ = ["InputError", "load_model", "load_tokenizer", "perplexity", "save_model", "slice_model"]
+__all__ = [
+    "InputError",
+    "export_plain",
+    "import_reference",
+    "load_model",
+    "load_tokenizer",
+    "perplexity",
+    "save_model",
+    "slice_model",
+]

@@ -1,4 +1,4 @@
-"""The command line: quickstart, slice, eval, generate, info.
+"""The command line: quickstart, slice, eval, generate, export, info.
 
 Whatever takes long to import is imported inside the commands.
 """
@@ -6,7 +6,7 @@ Whatever takes long to import is imported inside the commands.
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slicegpt_fast.search import Trial
+
+TRIED = 4  # of the calibration sequences, one in so many compares the plans of --basis auto
 HELD_OUT = 16  # windows that `slice` measures perplexity on, as far as the text goes
 
-console = Console(soft_wrap=True)
-errors = Console(stderr=True, soft_wrap=True)
+console = Console(soft_wrap=True, markup=False, highlight=False)
+errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
 
 
 class Commands(TyperGroup):
@@ -32,7 +35,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            errors.print(f"error: {error}", markup=False, highlight=False)
+            errors.print(f"error: {error}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             errors.print("interrupted")
@@ -131,6 +134,7 @@ def quickstart(
     epilog=examples(
         "slicegpt-fast slice meta-llama/Llama-2-7b-hf --dataset wikitext2 --sparsity 0.25 --out llama-sliced",
         "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --basis shared --signal normalized --out small",
+        "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --basis auto --out best",
     ),
 )
 def slice_(
@@ -146,19 +150,34 @@ def slice_(
         ),
     ] = None,
     basis: Annotated[
-        Literal["per-norm", "shared"],
+        str,
         typer.Option(
             metavar="BASIS",
-            help="per-norm: one at each norm, shortcuts between them, as published; shared: one for all.",
+            help="per-norm: one at each norm, shortcuts between them, as published; shared: one for all; a number: "
+            "that many groups of norms; auto: try the plans that meet --target-params and take the best.",
         ),
     ] = "per-norm",
     signal: Annotated[
         Literal["raw", "normalized"],
         typer.Option(metavar="SIGNAL", help="Fit the bases to the norms' inputs (raw) or outputs (normalized)."),
     ] = "raw",
+    shortcut: Annotated[
+        Literal["dense", "aligned"],
+        typer.Option(metavar="KIND", help="dense matrices, or aligned: the same as identity minus a low rank."),
+    ] = "dense",
+    shortcut_rank: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Truncate aligned shortcuts to this rank.")
+    ] = None,
+    schedule: Annotated[
+        Literal["uniform", "variance"],
+        typer.Option(metavar="KIND", help="uniform: one size; variance: the same share of variance at each norm."),
+    ] = "uniform",
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Re-fit the readers to the dense model's inputs by least squares.")
+    ] = False,
     round_to: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Round the kept size down to a multiple of this.")
-    ] = 8,
+        str, typer.Option(metavar="N", help="Make kept sizes multiples of this; auto: of the device's tile.")
+    ] = "8",
     slice_head: Annotated[bool, typer.Option("--slice-head", help="Slice the head too; shared always does.")] = False,
     text: Text = None,
     dataset: DatasetName = None,
@@ -181,28 +200,54 @@ def slice_(
     from slicegpt_fast.calibration import batched
     from slicegpt_fast.checkpoint import check_writable, save_model
     from slicegpt_fast.evaluation import perplexity
-    from slicegpt_fast.report import Row, comparison, plot_spectra, size_notes, size_rows
-    from slicegpt_fast.slicing import apply_bases, find_bases, make_plan
+    from slicegpt_fast.report import (
+        Row,
+        comparison,
+        plan_title,
+        plot_spectra,
+        plot_trade_off,
+        size_notes,
+        size_rows,
+        trial_table,
+    )
+    from slicegpt_fast.search import try_plans
+    from slicegpt_fast.slicing import apply_bases, fit_bases
 
     check_writable(out)
     if (sparsity is None) == (target_params is None):
         raise InputError("give exactly one of --sparsity and --target-params.")
+    if basis == "auto" and target_params is None:
+        raise InputError("--basis auto compares plans of one size: give it as --target-params.")
     documents = _documents(text, dataset, "calibration", split)
     dense, tokenizer = _load(model, dtype, device)
-    plan = make_plan(
-        dense,
-        sparsity=sparsity,
-        target_params=target_params,
-        basis=basis,
-        signal=signal,
-        round_to=round_to,
-        slice_head=slice_head,
-    )
     windows = _windows(dense, tokenizer, documents, length, sequences, seed)
     calibration, held_out = windows[:sequences], windows[sequences : sequences + HELD_OUT]
 
     progress = errors.is_terminal
-    bases = find_bases(dense, batched(calibration), plan, progress=progress)
+    trials: list[Trial] = []
+    arguments: dict[str, Any] = {
+        "basis": int(basis) if basis.isdigit() else basis,
+        "signal": signal,
+        "shortcut": shortcut,
+        "shortcut_rank": shortcut_rank,
+        "schedule": schedule,
+        "refit": refit,
+        "slice_head": slice_head,
+    }
+    if basis == "auto":
+        part = max(1, sequences // TRIED)
+        trials = try_plans(
+            dense,
+            batched(calibration[:-part]),
+            batched(calibration[-part:]),
+            cast(float, target_params),
+            progress=progress,
+        )
+        console.print(trial_table(trials, f"of {sequences} sequences, {part} were held out to compare the plans"))
+        arguments = trials[0].arguments
+    arguments |= {"sparsity": sparsity, "target_params": target_params}
+    arguments["round_to"] = int(round_to) if round_to.isdigit() else round_to
+    bases = fit_bases(dense, batched(calibration), progress=progress, **arguments)
     sliced = apply_bases(dense, bases, progress=progress)
     rows, notes = size_rows(dense, sliced), size_notes(dense)
     if len(held_out):
@@ -215,9 +260,11 @@ def slice_(
         notes.append("Perplexity: not measured, calibration took all of the text.")
     save_model(sliced, out, tokenizer)
     plot_spectra(bases, out / "spectra.png")
-    title = f"{model}, {basis} basis, {signal} signal, {plan.widths[0]} of {plan.full_width} directions kept"
-    console.print(comparison(title, rows, notes))
-    console.print(f"Saved to {out}, with its spectra in {out / 'spectra.png'}.", markup=False, highlight=False)
+    if trials:
+        points = {trial.name: [(trial.stored, trial.perplexity)] for trial in trials}
+        plot_trade_off(points, perplexity(dense, batched(calibration[-part:])), out / "plans.png")
+    console.print(comparison(plan_title(model, bases.plan), rows, notes))
+    console.print(f"Saved to {out}, with its spectra in {out / 'spectra.png'}.")
 
 
 @app.command(
@@ -246,9 +293,7 @@ def evaluate(
     loaded, tokenizer = _load(model, dtype, device)
     windows = _windows(loaded, tokenizer, documents, length, sequences or 1)[:sequences]
     value = perplexity(loaded, batched(windows), progress=errors.is_terminal)
-    console.print(
-        f"perplexity {value:.4f} ({len(windows)} sequences of {length} tokens, {loaded.dtype})", highlight=False
-    )
+    console.print(f"perplexity {value:.4f} ({len(windows)} sequences of {length} tokens, {loaded.dtype})")
 
 
 @app.command(epilog=examples('slicegpt-fast generate llama-sliced --prompt "The first telescope" --max-new-tokens 100'))
@@ -272,6 +317,25 @@ def generate(
         do_sample=False,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
+
+
+@app.command(epilog=examples("slicegpt-fast export llama-sliced --out llama-plain"))
+def export(
+    model: Model, out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the plain checkpoint.")]
+) -> None:
+    """Write a model sliced with --basis shared as a plain checkpoint that needs nothing of this package.
+
+    Stock transformers, vLLM and llama.cpp's converter read it: see docs/export.md.
+    """
+    from slicegpt_fast.checkpoint import check_writable
+    from slicegpt_fast.export import export_plain
+
+    check_writable(out)
+    loaded, tokenizer = _load(model, None, "cpu")
+    config = export_plain(loaded, out, tokenizer)
+    padding = config.hidden_size - loaded.get_input_embeddings().embedding_dim
+    padded = f", {padding} of it zeros that {config.model_type}'s config asks for" if padding else ""
+    console.print(f"Saved to {out}: {config.model_type}, hidden size {config.hidden_size}{padded}.")
 
 
 @app.command(epilog=examples("slicegpt-fast info", "slicegpt-fast info llama-sliced"))

@@ -25,7 +25,7 @@ from slicegpt_fast.calibration import batched, join_documents, text_documents, t
 from slicegpt_fast.checkpoint import check_writable, load_model, load_tokenizer, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import perplexity, tokens_per_second
-from slicegpt_fast.report import Row, comparison, plot_spectra, size_notes, size_rows
+from slicegpt_fast.report import Row, comparison, plan_title, plot_spectra, size_notes, size_rows
 from slicegpt_fast.slicing import apply_bases, find_bases, make_plan
 
 LENGTH = 512
@@ -143,7 +143,7 @@ def run(
         InputError: a source is missing or too short, the target cannot be met, or ``out`` is taken.
     """
     check_writable(out)
-    source = model or smollm2()
+    name, source = model or "SmolLM2-135M-Instruct", model or smollm2()
     documents = text_documents(text) if text else wikipedia_leads()
     dense, tokenizer = load_model(source), load_tokenizer(source)
     dense.to(device)  # type: ignore[arg-type]  # transformers' decorator hides self
@@ -174,11 +174,10 @@ def run(
         f"Speed: {dense.dtype} on {dense.device}, {torch.get_num_threads()} threads, one sequence, prompt of {LENGTH} "
         "tokens, both models in turn, medians; neither model is patched with fused kernels.",
     ]
-    title = f"{source}, shared basis, normalized signal, {plan.widths[0]} of {plan.full_width} directions kept"
-    console.print(comparison(title, rows, notes))
+    console.print(comparison(plan_title(name, plan), rows, notes))
 
-    for name, each in (("dense", dense), ("sliced", sliced)):
-        console.print(f"\n{name}: {continuation(each, tokenizer, PROMPT)}", markup=False, highlight=False)
+    for kind, each in (("dense", dense), ("sliced", sliced)):
+        console.print(f"\n{kind}: {continuation(each, tokenizer, PROMPT)}")
 
     save_model(sliced, out, tokenizer)
     plot_spectra(bases, out / "spectra.png", sites=sites)
@@ -187,7 +186,7 @@ def run(
     with torch.inference_mode():
         prompt = held_out[:1].to(device)
         same = torch.equal(sliced(prompt).logits, reloaded(prompt).logits)
-    console.print(f"\nSaved to {out}, with its spectra in {out / 'spectra.png'}.", markup=False, highlight=False)
+    console.print(f"\nSaved to {out}, with its spectra in {out / 'spectra.png'}.")
     console.print(f"Reloaded from there: logits {'equal bit for bit' if same else 'DIFFER'}.")
 
 

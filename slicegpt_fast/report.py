@@ -1,6 +1,5 @@
 """What a slice did, for people: a table of dense against sliced, and a plot of the spectra that were cut."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
-from slicegpt_fast.slicing import Bases, block_parameters, slice_config_of
+from slicegpt_fast.search import Trial
+from slicegpt_fast.slicing import Bases, SlicePlan, block_parameters, slice_config_of
 from slicegpt_fast.slicing.layers import narrow_
 
 FLOOR = 1e-12  # a share of the variance below this is rounding
@@ -43,7 +43,7 @@ def size_rows(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[Row]:
     return [
         Row("stored parameters", stored_parameters(dense), stored_parameters(sliced), decimal),
         Row("  in decoder blocks", block_parameters(dense), block_parameters(sliced), decimal),
-        Row("bytes", stored_bytes(dense), stored_bytes(sliced), decimal),
+        Row("bytes", stored_bytes(dense), stored_bytes(sliced), lambda size: f"{decimal(size)}B"),
         Row("matmul FLOPs per token", flops_per_token(dense), flops_per_token(sliced), decimal),
     ]
 
@@ -54,6 +54,17 @@ def size_notes(dense: PreTrainedModel) -> list[str]:
     if dense.config.tie_word_embeddings:
         notes.insert(0, "Stored: the dense model's head is its embedding table; slicing makes two tables of them.")
     return notes
+
+
+def kept_directions(plan: SlicePlan) -> str:
+    """The kept sizes of the norms in the decoder layers, as "512 of 576" or "480 to 560 of 576"."""
+    low, high = min(plan.widths[:-1]), max(plan.widths[:-1])
+    return f"{low} of {plan.full_width}" if low == high else f"{low} to {high} of {plan.full_width}"
+
+
+def plan_title(name: str, plan: SlicePlan) -> str:
+    """What stands above the results of a slice."""
+    return f"{name}, {plan.basis} basis, {plan.signal} signal, {kept_directions(plan)} directions kept"
 
 
 def describe(source: str) -> dict[str, str]:
@@ -71,7 +82,7 @@ def describe(source: str) -> dict[str, str]:
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise InputError(f"{source} is not a model to describe: {str(error).strip().splitlines()[0]}") from error
-    facts = {"model type": config.model_type, "dtype": str(config.dtype or "not recorded").removeprefix("torch.")}
+    facts = {"model type": config.model_type, "dtype": str(config.dtype or "not recorded")}
     try:
         dense_blocks = block_parameters(model)
     except InputError as error:
@@ -79,11 +90,12 @@ def describe(source: str) -> dict[str, str]:
     if slice_config := slice_config_of(config):
         plan = slice_config.plan()
         narrow_(model, plan)
-        widths = ", ".join(f"{width} at {sites}" for width, sites in Counter(plan.widths).items())
+        shortcuts = f"{plan.shortcut} shortcuts" if len(set(plan.groups)) > 1 else "no shortcuts"
+        rank = "" if plan.shortcut_rank is None else f" of rank {plan.shortcut_rank} at most"
         facts |= {
-            "sliced": f"basis {plan.basis}, signal {plan.signal}",
+            "sliced": f"{plan.basis} basis, {plan.signal} signal, {shortcuts}{rank}",
             "calibrated on": f"{slice_config.calibration_tokens} tokens",
-            "directions kept": f"{widths} norm sites, of {plan.full_width}",
+            "directions kept": f"{kept_directions(plan)}, {plan.widths[-1]} at the head",
         }
     else:
         facts["sliced"] = "no, but it can be"
@@ -103,6 +115,18 @@ def comparison(title: str, rows: Iterable[Row], notes: Iterable[str]) -> Group:
     for label, dense, sliced, form in rows:
         table.add_row(label, form(dense), form(sliced), f"{sliced / dense:.3f}")
     return Group(table, *(Text(note, style="dim") for note in notes))
+
+
+def trial_table(trials: Iterable[Trial], caption: str) -> Table:
+    """The plans that were tried, the best first."""
+    table = Table(
+        "basis plan", title="Plans within the budget", title_justify="left", title_style="bold", caption=caption
+    )
+    for name in ("kept size", "stored", "perplexity"):
+        table.add_column(name, justify="right")
+    for trial in trials:
+        table.add_row(trial.name, str(trial.width), f"{trial.stored:.3f}", f"{trial.perplexity:.2f}")
+    return table
 
 
 def plot_spectra(bases: Bases, path: Path, *, sites: Tensor | None = None) -> None:
@@ -127,14 +151,16 @@ def plot_spectra(bases: Bases, path: Path, *, sites: Tensor | None = None) -> No
     if sites is not None:
         curves += [(spectrum, dict(color="black", lw=2, label="the shared basis")) for spectrum in bases.spectra]
 
-    full, kept = bases.plan.full_width, bases.plan.widths[0]
+    plan, full = bases.plan, bases.plan.full_width
+    low, high = min(plan.widths[:-1]), max(plan.widths[:-1])
     for spectrum, style in curves:
         share = spectrum.double().cpu() / spectrum.double().sum().item()
         variance.semilogy(range(1, full + 1), share.clamp(min=FLOOR), **style)
         explained.semilogy(range(1, full), (1 - share.cumsum(0))[:-1].clamp(min=FLOOR), **style)  # the last leaves 0
     for axes in (variance, explained):
-        axes.axvspan(kept, full, color="crimson", alpha=0.08, lw=0)
-        axes.axvline(kept, color="crimson", lw=1.5, ls="--", label=f"cut: {kept} of {full} directions kept")
+        axes.axvspan(low, full, color="crimson", alpha=0.08, lw=0)
+        axes.axvline(low, color="crimson", lw=1.5, ls="--", label=f"cut: {kept_directions(plan)} directions kept")
+        axes.axvline(high, color="crimson", lw=1.5, ls="--")
         axes.set_xlim(1, full)
         axes.set_xlabel("direction, by falling variance")
         axes.grid(alpha=0.3, lw=0.5)
@@ -145,9 +171,8 @@ def plot_spectra(bases: Bases, path: Path, *, sites: Tensor | None = None) -> No
     explained.yaxis.set_major_locator(LogLocator())
     explained.yaxis.set_major_formatter(FuncFormatter(lambda left, _: f"{100 * (1 - left):.8g} %"))
     if len(coloured) > 1:
-        figure.colorbar(depth, ax=explained, label="norm site, from the embedding to the head")
-    plan = bases.plan
-    figure.suptitle(f"Covariance of the residual stream at each norm site (basis {plan.basis}, signal {plan.signal})")
+        figure.colorbar(depth, ax=explained, label="norm sites, from the embedding to the head")
+    figure.suptitle(f"Covariance of the residual stream at the norms ({plan.basis} basis, {plan.signal} signal)")
     figure.savefig(path)
 
 

@@ -148,8 +148,8 @@ class TestDatasets:
         rows = datasets.Dataset.from_dict({"question": ["a"], "answer": ["b"]})
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
         message = (
-            r"^dataset owner/qa has no column of text named 'text' \(it has question, answer\): write its text to a file "
-            r"and use that\.$"
+            r"^dataset owner/qa has no column of text named 'text' \(it has question, answer\): write its text to a "
+            r"file and use that\.$"
         )
         with pytest.raises(InputError, match=message):
             dataset_documents("owner/qa", "calibration")

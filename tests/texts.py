@@ -8,7 +8,7 @@ WORDS = sorted(set(TEXT.split()))
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word (other words are unknown), ids below 97, and a beginning token where special ones are added."""
+    """One token per word of ``TEXT``, ids below 97; a beginning token where special tokens are asked for."""
     vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -97,6 +97,41 @@ def test_slicing_is_projection(family, basis):
     assert (sliced - expected).abs().max() <= 1e-5 * spread(expected)
 
 
+ROPE = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "short_factor": [1.0] * 6,
+        "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+        "original_max_position_embeddings": 16,
+        "factor": 8.0,
+    },
+}
+
+
+@pytest.mark.parametrize("length", [12, 40])
+@pytest.mark.parametrize("rope_type", ROPE)
+@torch.no_grad()
+def test_rotary_variants_stay_right(rope_type, length):
+    """Positions reach the attention unchanged, below and beyond the length that the model was first trained on."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0} | ROPE[rope_type]
+    model = tiny_model("phi3" if rope_type == "longrope" else "llama", rope_parameters=rope, max_position_embeddings=32)
+    ids = tokens(2, length)
+    expected = model(ids).logits
+    plain = tiny_model("phi3" if rope_type == "longrope" else "llama", max_position_embeddings=32)(ids).logits
+    if rope_type != "dynamic" or length > 32:
+        assert (plain - expected).abs().max() > 0.01 * spread(expected)
+    sliced = slice_model(model, [tokens(4, length, seed=1)], sparsity=0, progress=False)
+    assert (sliced(ids).logits - expected).abs().max() <= 1e-5 * spread(expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_16_bit_models_are_sliced_in_their_own_dtype(dtype):

@@ -1,0 +1,256 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model
+from texts import TEXT, word_tokenizer
+from typer.testing import CliRunner
+
+from slicegpt_fast import load_model, load_tokenizer, perplexity, save_model, slice_model
+from slicegpt_fast.calibration import batched, join_documents, token_windows
+from slicegpt_fast.cli import app
+from slicegpt_fast.evaluation import stored_parameters
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny dense model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    save_model(tiny_model(), folder, word_tokenizer())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A folder of three files of 60 tokens, each with its words in another order."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = TEXT.split()
+    for number in range(3):
+        turned = words[7 * number :] + words[: 7 * number]
+        (folder / f"{number}.txt").write_text(" ".join((turned * 3)[:60]))
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def ran(*arguments) -> str:
+    """Standard output of a command that succeeds."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def error_of(*arguments) -> str:
+    """What a command that is given bad input says about it: one line, exit code 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.stderr.splitlines()[-1:] == lines
+    return lines[0].removeprefix("error: ")
+
+
+def windows_of(model, texts, seed=None):
+    documents = [file.read_text() for file in sorted(texts.iterdir())]
+    return token_windows(load_tokenizer(model), join_documents(documents, seed), LENGTH)
+
+
+@pytest.mark.parametrize("command", ["quickstart", "slice", "eval", "generate", "export", "info"])
+def test_help_comes_with_examples(command):
+    assert command in ran("--help")
+    for flag in ("--help", "-h"):
+        assert "Examples" in ran(command, flag)
+        assert f"slicegpt-fast {command}" in ran(command, flag)
+
+
+class TestSlice:
+    @pytest.fixture
+    def common(self, model, texts, tmp_path):
+        return ["slice", model, "--text", texts, "--out", tmp_path / "out", "--length", LENGTH]
+
+    @pytest.mark.parametrize(
+        ("options", "arguments"),
+        [
+            (["--sparsity", "0.25"], dict(sparsity=0.25)),
+            (
+                ["--target-params", "0.8", "--basis", "shared", "--signal", "normalized", "--round-to", "4"],
+                dict(target_params=0.8, basis="shared", signal="normalized", round_to=4),
+            ),
+            (
+                ["--sparsity", "0.4", "--basis", "2", "--shortcut", "aligned", "--slice-head", "--refit"],
+                dict(sparsity=0.4, basis=2, shortcut="aligned", slice_head=True, refit=True),
+            ),
+        ],
+    )
+    @torch.no_grad()
+    def test_writes_what_the_library_makes(self, common, model, texts, tmp_path, options, arguments):
+        output = ran(*common, "--sequences", 5, "--seed", 3, *options)
+        windows = windows_of(model, texts, seed=3)
+        assert not torch.equal(windows, windows_of(model, texts))  # the seed shuffles the files
+        expected = slice_model(load_model(model), batched(windows[:5]), progress=False, **arguments)
+        sliced = load_model(tmp_path / "out")
+        assert torch.equal(sliced(windows[5:6]).logits, expected(windows[5:6]).logits)
+        assert load_tokenizer(tmp_path / "out")("the cat")["input_ids"] == word_tokenizer()("the cat")["input_ids"]
+        assert (tmp_path / "out" / "spectra.png").stat().st_size > 10_000
+
+        for each in (load_model(model), sliced):
+            assert f"{stored_parameters(each) / 1000:.1f} k" in output
+            assert f"{perplexity(each, batched(windows[5:])):.2f}" in output
+        assert f"Perplexity: the next {len(windows) - 5} sequences of 16 tokens of the text." in output
+        assert f"Saved to {tmp_path / 'out'}, with its spectra in" in output
+
+    def test_without_text_left_over(self, common):
+        assert "Perplexity: not measured, calibration took all of the text." in ran(
+            *common, "--sequences", 11, "--sparsity", 0.5
+        )
+
+    def test_basis_auto(self, common, tmp_path):
+        output = ran(*common, "--sequences", 8, "--target-params", 0.8, "--basis", "auto")
+        assert "Plans within the budget" in output
+        assert {"spectra.png", "plans.png", "model.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ([], "give exactly one of --sparsity and --target-params."),
+            (["--sparsity", "0.2", "--target-params", "0.9"], "give exactly one of --sparsity and --target-params."),
+            (["--sparsity", "0.2", "--basis", "auto"], "--basis auto compares plans of one size: give it as --target"),
+            (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1, not 1.5."),
+            (["--sparsity", "0.2", "--basis", "best"], "basis must be "),
+            (["--sparsity", "0.2", "--round-to", "few"], "round_to must be "),
+            (["--sparsity", "0.2", "--split", "train"], "--split belongs to --dataset: leave it out with --text."),
+            (["--sparsity", "0.2", "--dataset", "c4"], "give either --text or --dataset."),
+            (["--sparsity", "0.2", "--text", "missing"], "text missing does not exist: give text files or folders"),
+            (
+                ["--sparsity", "0.2", "--length", "200"],
+                "--length 200 is more than the model's 128 positions: lower it.",
+            ),
+            (
+                ["--sparsity", "0.2", "--sequences", "12"],
+                "the text has 180 tokens, but 192 are needed (12 windows of 16): give more text, or ask for fewer or ",
+            ),
+            (
+                ["--sparsity", "0.2", "--sequences", "2"],
+                "calibration has 32 tokens, but a basis of 48 directions needs",
+            ),
+            (["--sparsity", "0.2", "--device", "toaster"], "--device toaster cannot be used: "),
+        ],
+    )
+    def test_bad_input(self, common, tmp_path, options, message):
+        assert error_of(*common, "--sequences", 5, *options).startswith(message)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_occupied_folder_is_refused_before_anything_is_done(self, common, tmp_path, monkeypatch):
+        monkeypatch.setattr("slicegpt_fast.checkpoint.load_model", None)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").touch()
+        assert error_of(*common, "--sparsity", "0.2").endswith(
+            "out exists and is not an empty folder: choose another place or remove it."
+        )
+
+    def test_ctrl_c(self, common, tmp_path, monkeypatch):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("slicegpt_fast.slicing.apply_bases", interrupt)
+        result = run(*common, "--sequences", 5, "--sparsity", "0.2")
+        assert (result.exit_code, result.stdout) == (130, "")
+        assert result.stderr.splitlines()[-1] == "interrupted"
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "option", [["--signal", "loud"], ["--sequences", "0"], ["--length", "1"], ["--sparsity", "x"]]
+    )
+    def test_options_out_of_range(self, common, option):
+        result = run(*common, *option)
+        assert result.exit_code == 2
+        assert f"Invalid value for '{option[0]}'" in result.stderr
+
+
+class TestEval:
+    @pytest.mark.parametrize("sequences", [3, None])
+    def test_text(self, model, texts, sequences):
+        expected = windows_of(model, texts)[:sequences]
+        options = [] if sequences is None else ["--sequences", sequences]
+        output = ran(
+            "eval",
+            model,
+            "--text",
+            texts / "0.txt",
+            "--text",
+            texts / "1.txt",
+            "--text",
+            texts / "2.txt",
+            "--length",
+            LENGTH,
+            *options,
+        )
+        value = perplexity(load_model(model), batched(expected))
+        assert output == f"perplexity {value:.4f} ({len(expected)} sequences of 16 tokens, torch.float32)\n"
+
+    def test_dataset_and_dtype(self, model, texts, monkeypatch):
+        def documents(name, purpose, split):
+            assert (name, purpose, split) == ("ptb", "evaluation", "validation")
+            return [TEXT]
+
+        monkeypatch.setattr("slicegpt_fast.calibration.dataset_documents", documents)
+        output = ran("eval", model, "--dataset", "ptb", "--split", "validation", "--length", 8, "--dtype", "bfloat16")
+        assert output.endswith("(3 sequences of 8 tokens, torch.bfloat16)\n")
+
+    def test_no_text(self, model):
+        assert error_of("eval", model) == "give either --text or --dataset."
+
+    def test_no_model(self, tmp_path, texts):
+        message = error_of("eval", tmp_path / "gone", "--text", texts)
+        assert message == f"{tmp_path / 'gone'} does not exist: give a hub id, a local folder or a GGUF file."
+
+
+class TestGenerate:
+    def test_continues_greedily(self, model):
+        output = ran("generate", model, "--prompt", "the cat sat", "--max-new-tokens", 6)
+        tokenizer = word_tokenizer()
+        prompt = tokenizer("the cat sat", return_tensors="pt")
+        tokens = load_model(model).generate(**prompt, max_new_tokens=6, do_sample=False)[0]
+        assert output.split() == tokenizer.decode(tokens, skip_special_tokens=True).split()
+        assert output.startswith("the cat sat")
+
+    def test_nothing_to_continue(self, model, tmp_path):
+        save_model(tiny_model(), tmp_path / "model", word_tokenizer())
+        file = tmp_path / "model" / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
+        assert (
+            error_of("generate", tmp_path / "model", "--prompt", "") == "--prompt is empty: give some text to continue."
+        )
+
+
+class TestInfo:
+    def test_installation(self):
+        output = ran("info")
+        for fact in (torch.__version__, sys.version.split()[0], "CPU kernels", "CUDA kernels", "built with"):
+            assert fact in output
+
+    def test_model(self, model):
+        assert "no, but it can be" in ran("info", model)
+
+    def test_no_model(self, tmp_path):
+        assert error_of("info", tmp_path).startswith(f"{tmp_path} is not a model to describe: ")
+
+
+def test_the_installed_script(model, texts, tmp_path):
+    """A process of its own: results on stdout, one line on stderr when the input is bad, no traceback."""
+    script = Path(sys.executable).with_name("slicegpt-fast")
+    command = [script, "eval", model, "--length", str(LENGTH), "--text"]
+    good = subprocess.run([*command, texts], capture_output=True, text=True, check=True)
+    assert good.stdout.startswith("perplexity ")
+    bad = subprocess.run([*command, tmp_path / "gone"], capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == f"error: text {tmp_path / 'gone'} does not exist: give text files or folders of text files.\n"

@@ -1,0 +1,162 @@
+"""Perplexity against its definition in fp64, sizes against formulas, speed only for what it reports."""
+
+import math
+
+import pytest
+import torch
+from models import FAMILIES, VOCABULARY, tiny_model, tokens
+from torch.utils.flop_counter import FlopCounterMode
+
+from slicegpt_fast import InputError, perplexity, slice_model
+from slicegpt_fast.evaluation import ROWS_PER_STEP, flops_per_token, stored_bytes, stored_parameters, tokens_per_second
+
+
+@torch.no_grad()
+def defined(model, sequences) -> float:
+    """exp(mean of -ln p(token | tokens before it)) over sequences of any lengths, all in fp64."""
+    model = model.double()
+    losses = []
+    for sequence in sequences:
+        probabilities = model(sequence[None]).logits[0].softmax(-1)
+        losses += [-math.log(probabilities[i, token]) for i, token in enumerate(sequence[1:].tolist())]
+    return math.exp(math.fsum(losses) / len(losses))
+
+
+def relative_error(value: float, exact: float) -> float:
+    return abs(value / exact - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (1, ROWS_PER_STEP + 1), (2, 2 * ROWS_PER_STEP + 3)])
+@torch.no_grad()
+def test_perplexity_is_its_definition(shape, dtype):
+    model = tiny_model(dtype=dtype, max_position_embeddings=1024)
+    ids = tokens(*shape)
+    value = perplexity(model, [ids])
+    # The model's own rounding is no error of the perplexity, so the same logits are evaluated in fp64.
+    losses = torch.nn.functional.cross_entropy(
+        model(ids).logits[:, :-1].double().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    exact = losses.mean().exp().item()
+    in_fp32 = torch.nn.functional.cross_entropy(
+        model(ids).logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()
+    ).exp()
+    assert relative_error(value, exact) <= 2 * relative_error(in_fp32.item(), exact) + 1e-6
+
+
+def test_perplexity_against_fp64_throughout():
+    sequences = tokens(4, 33)
+    model = tiny_model()
+    value = perplexity(model, sequences.split(3))
+    assert relative_error(value, defined(model, sequences)) < 1e-5
+
+
+def test_every_token_counts_the_same_however_it_is_batched():
+    sequences = [tokens(length, seed=length) for length in (5, 30, 12)]
+    model = tiny_model()
+    alone = perplexity(model, [sequence[None] for sequence in sequences])
+    assert relative_error(alone, defined(model.float(), sequences)) < 1e-5  # not the mean of the sequences' means
+
+
+@pytest.mark.parametrize(
+    ("family", "side"), [("llama", "right"), ("llama", "left"), ("opt", "right"), ("gpt2", "right")]
+)
+def test_padding_changes_nothing(family, side):
+    model = tiny_model(family)
+    sequences = [tokens(length, seed=length) for length in (6, 19, 11)]
+    ids, mask = torch.full((3, 19), 2), torch.zeros(3, 19, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        place = slice(0, len(sequence)) if side == "right" else slice(19 - len(sequence), 19)
+        ids[row, place], mask[row, place] = sequence, 1
+    padded = perplexity(model, [{"input_ids": ids, "attention_mask": mask}])
+    alone = perplexity(model, [sequence[None] for sequence in sequences])
+    assert relative_error(padded, alone) < 1e-5
+    assert relative_error(perplexity(model, [ids]), alone) > 1e-3  # the mask matters
+
+
+def test_uniform_logits_give_the_vocabulary_size():
+    model = tiny_model()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert relative_error(perplexity(model, [tokens(2, 9)]), VOCABULARY) < 1e-6
+
+
+def test_hopeless_predictions_are_infinite_and_not_an_error():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6
+    assert perplexity(model, [tokens(2, 9)]) == math.inf
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_restored_and_dropout_is_off(training):
+    model = tiny_model(attention_dropout=0.9).train(training)
+    assert perplexity(model, [tokens(2, 9)]) == perplexity(model, [tokens(2, 9)])
+    assert model.training is training
+    with pytest.raises(IndexError):
+        perplexity(model, [torch.full((1, 4), VOCABULARY)])
+    assert model.training is training
+
+
+NOTHING = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[0, 0, 0], [0, 1, 0]])}
+
+
+@pytest.mark.parametrize("batches", [[], [tokens(3, 1)], [NOTHING]])
+def test_nothing_to_score(batches):
+    with pytest.raises(InputError, match=r"^there is no token to score: give a sequence of at least two tokens\.$"):
+        perplexity(tiny_model(), batches)
+
+
+def test_progress(capsys):
+    perplexity(tiny_model(), [tokens(1, 5)], progress=True)
+    assert "perplexity: 100%" in capsys.readouterr().err
+    perplexity(tiny_model(), [tokens(1, 5)])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_tied_head_is_stored_once_and_multiplied_with_all_the_same():
+    tied, untied = tiny_model(tied=True), tiny_model()
+    table = VOCABULARY * 48
+    assert stored_parameters(untied) - stored_parameters(tied) == table
+    assert stored_bytes(untied) - stored_bytes(tied) == 4 * table
+    assert stored_bytes(tiny_model(dtype=torch.bfloat16)) == 2 * stored_parameters(untied)
+    assert flops_per_token(tied) == flops_per_token(untied)
+
+
+def test_flops_of_a_dense_and_a_sliced_llama():
+    dense = tiny_model()
+    attention, mlp = 48 * 48 + 2 * 48 * 24 + 48 * 48, 3 * 48 * 80
+    assert flops_per_token(dense) == 2 * (3 * (attention + mlp) + VOCABULARY * 48)
+
+    sliced = slice_model(dense, [tokens(4, 32)], sparsity=0.5, round_to=1, progress=False)
+    shortcuts = 5 * 24 * 24 + 24 * 48
+    last = 80 * 24  # the last block writes all 48 directions
+    assert flops_per_token(sliced) == 2 * (3 * (attention + mlp) // 2 + last + shortcuts + VOCABULARY * 48)
+
+
+LINEAR = ("aten.mm", "aten.addmm")  # attention scores are of other kinds
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_those_that_torch_counts(family):
+    model = tiny_model(family)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens(1, 1))
+    linear = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op) in LINEAR)
+    # torch counts no grouped matmul, so experts are added: layers with experts, 2 of 4 used, gate, up and down.
+    experts = {"mixtral": 3 * 2 * 3 * 48 * 80, "qwen3-moe": 1 * 2 * 3 * 48 * 40}.get(family, 0)
+    assert flops_per_token(model) == linear + 2 * experts
+
+
+def test_tokens_per_second_in_turn():
+    """Two models of very different depth: the figures belong to the right one, and every pass is made."""
+    shallow, deep = tiny_model(num_hidden_layers=1), tiny_model(num_hidden_layers=24)
+    passes: list[tuple[int, int]] = []
+    for number, model in enumerate((shallow, deep)):
+        model.register_forward_hook(
+            lambda _, __, kwargs, ___, number=number: passes.append((number, kwargs["input_ids"].shape[1])),
+            with_kwargs=True,
+        )
+    speeds = tokens_per_second([shallow, deep], tokens(2, 40), new_tokens=3, rounds=2)
+    assert passes == [(0, 40), (0, 1), (0, 1), (0, 1), (1, 40), (1, 1), (1, 1), (1, 1)] * 3
+    assert all(speed > 0 for pair in speeds for speed in pair)
+    assert len(speeds) == 2

@@ -1,0 +1,34 @@
+"""Trying plans within a budget."""
+
+import pytest
+from models import tiny_model, tokens
+
+from slicegpt_fast import InputError, slice_model
+from slicegpt_fast.evaluation import perplexity
+from slicegpt_fast.search import PLANS, try_plans
+from slicegpt_fast.slicing import block_parameters
+
+CALIBRATION, HELD_OUT = [tokens(4, 32, seed=1)], [tokens(4, 32, seed=2)]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+def test_every_plan_is_measured_as_it_would_be_sliced(family):
+    model = tiny_model(family)
+    trials = try_plans(model, CALIBRATION, HELD_OUT, 0.85, progress=False)
+    assert {trial.name for trial in trials} == set(PLANS)
+    assert [trial.perplexity for trial in trials] == sorted(trial.perplexity for trial in trials)
+    for trial in (trials[0], trials[-1]):
+        sliced = slice_model(model, CALIBRATION, progress=False, **trial.arguments)
+        assert block_parameters(sliced) / block_parameters(model) == trial.stored <= 0.85
+        assert perplexity(sliced, HELD_OUT) == pytest.approx(trial.perplexity, rel=1e-4)
+
+
+def test_plans_that_cannot_meet_the_budget_are_left_out():
+    model = tiny_model()
+    trials = try_plans(model, CALIBRATION, HELD_OUT, 0.2, progress=False)
+    assert 0 < len(trials) < len(PLANS)
+
+
+def test_a_budget_that_no_plan_meets():
+    with pytest.raises(InputError, match=r"target_params 0\.01 cannot be met"):
+        try_plans(tiny_model(), CALIBRATION, HELD_OUT, 0.01, progress=False)
