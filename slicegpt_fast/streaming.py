@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from slicegpt_fast.architectures import at
+from slicegpt_fast.architectures import architecture_of, at
 from slicegpt_fast.checkpoint import check_writable, from_pretrained
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import ROWS_PER_STEP
@@ -58,7 +58,8 @@ def slice_checkpoint(
     """Slice the checkpoint in ``source`` into ``folder`` with no more than one decoder layer in memory.
 
     The weights are those that ``save_model(slice_model(load_model(source), ...), folder)`` writes. Until they are
-    complete they stand in a work folder beside ``folder``; the same call, after it was killed, goes on from there.
+    complete they stand in a work folder beside ``folder``; the same call, after it was killed, goes on from there. To
+    know that nothing has changed since, every call hashes the checkpoint's files.
 
     Args:
         source: a local folder with a dense model in safetensors.
@@ -84,6 +85,7 @@ def slice_checkpoint(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = _options(arguments, device)
     config, checkpoint = from_pretrained(AutoConfig, source, {}), Path(source).expanduser()
+    architecture_of(config)  # refuses what cannot be sliced
     model = empty_model(checkpoint, config, dtype=dtype)
     batches = checked(calibration, config.vocab_size, torch.device("cpu"))
     plan_options = {name: value for name, value in options.items() if name not in ("schedule", "refit")}
