@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(NATIVE)
 
-.PHONY: help quickstart test test-slow wheel format clean
+.PHONY: help quickstart test test-slow gpu-check wheel format clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -25,6 +25,9 @@ test: $(VENV)/.installed-test  ## check style and types, then run the fast tests
 
 test-slow: $(VENV)/.installed-test  ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow
+
+gpu-check:  ## on a machine with a GPU, its packages and no network: test, tune and time the kernels with $(PYTHON)
+	bench/gpu_check.sh $(PYTHON) build/gpu-check
 
 wheel: | $(BIN)/python  ## build a wheel for this Python into dist/
 	rm -rf build/lib.*  # setuptools packs whatever an earlier build left there, deleted modules too

@@ -1,4 +1,4 @@
-"""The command line: quickstart, slice, eval, generate, export, info.
+"""The command line: quickstart, slice, eval, generate, export, info, tune.
 
 Whatever takes long to import is imported inside the commands.
 """
@@ -154,7 +154,7 @@ def slice_(
         typer.Option(
             metavar="BASIS",
             help="per-norm: one at each norm, shortcuts between them, as published; shared: one for all; a number: "
-            "that many groups of norms; auto: try the plans that meet --target-params and take the best.",
+            "that many groups of norms; auto: the best of several plans, options included, within --target-params.",
         ),
     ] = "per-norm",
     signal: Annotated[
@@ -343,14 +343,62 @@ def info(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="Hub id or local folder.", show_default=False)
     ] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Which kernel runs each op here, and why: the rows of backend='auto'.")
+    ] = False,
 ) -> None:
     """What a model is, from its config alone; without MODEL, what this installation is."""
     from slicegpt_fast.report import describe
 
+    if kernels:
+        from slicegpt_fast.ops import kernel_table
+
+        rows = kernel_table()
+        listing = Table(*rows[0])
+        for row in rows:
+            listing.add_row(*row.values())
+        console.print(listing)
+        return
     table = Table(show_header=False)
     for label, value in (_installation() if model is None else describe(model)).items():
         table.add_row(label, value)
     console.print(table)
+
+
+@app.command(epilog=examples("slicegpt-fast tune llama-sliced", "slicegpt-fast tune llama-sliced --rows 1 --rows 2048"))
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Local folder or hub id.", show_default=False)],
+    rows: Annotated[
+        list[int] | None, typer.Option(metavar="M", min=1, help="Tokens per call; may be repeated. Default: 1, 4096.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16"], typer.Option(metavar="DTYPE", help="bfloat16 or float16.")
+    ] = "bfloat16",
+) -> None:
+    """Time every tile of the Triton kernels, and torch, at the shapes of a model's blocks on this GPU.
+
+    Later calls of these shapes take what was fastest; the table is kept in ~/.cache/slicegpt-fast.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from slicegpt_fast.checkpoint import from_pretrained
+    from slicegpt_fast.ops.tuning import block_shapes, tune
+    from slicegpt_fast.slicing import slice_config_of
+
+    config = from_pretrained(AutoConfig, model, {})
+    if not hasattr(config, "intermediate_size"):
+        raise InputError(f"tune knows the shapes of gated MLPs, which {config.model_type} models lack.")
+    sliced = slice_config_of(config)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_width = getattr(config, "num_key_value_heads", heads) * head_dim
+    listing = Table("shape", "kernel us", "torch us")
+    for width in sorted(set(sliced.widths if sliced else [config.hidden_size])):
+        shapes = block_shapes(width, heads * head_dim, key_width, config.intermediate_size, tuple(rows or (1, 4096)))
+        for measured in tune(shapes, getattr(torch, dtype)):
+            listing.add_row(str(measured.shape), f"{measured.kernel_us:.1f}", f"{measured.reference_us:.1f}")
+    console.print(listing)
 
 
 def _best_device() -> str:

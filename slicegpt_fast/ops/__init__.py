@@ -1,1 +1,8 @@
-"""The ops: one file each, with the reference formulation that every kernel is held to."""
+"""The three ops: one file each, with the reference formulation that every kernel is held to."""
+
+from slicegpt_fast.ops.covariance import covariance_
+from slicegpt_fast.ops.dispatch import kernel_table, use_backend
+from slicegpt_fast.ops.norm_linear import norm_linear
+from slicegpt_fast.ops.residual_linear import residual_linear
+
+__all__ = ["covariance_", "kernel_table", "norm_linear", "residual_linear", "use_backend"]

@@ -1,0 +1,28 @@
+#!/bin/sh
+# Installs the package without network, runs the op tests on the GPU, tunes, and runs the kernel benchmarks.
+#   bench/gpu_check.sh [PYTHON] [FOLDER]     results: FOLDER/*.json, and the tables in FOLDER/report.md
+set -eu
+python=${1:-python3}
+out=${2:-build/gpu-check}
+mkdir -p "$out"
+"$python" -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "error: no CUDA device.")'
+"$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
+"$python" -m pytest tests/ops -m "not slow" -q --junitxml "$out/tests.xml"
+# The table of this run is the one that decides what `auto` gives to torch; it stays beside the results.
+XDG_CACHE_HOME=$(cd "$out" && pwd)
+export XDG_CACHE_HOME
+"$python" - <<'PY'
+import torch
+from slicegpt_fast.ops.tuning import block_shapes, tune
+
+for width in (2872, 3072, 3328):
+    for measured in tune(block_shapes(width, 4096, 4096, 11008, (1, 4096)), torch.bfloat16):
+        print(measured)
+PY
+{
+    for op in covariance norm_linear residual_linear; do
+        "$python" "bench/bench_$op.py" --out "$out"
+    done
+    "$python" bench/bench_block.py --out "$out"
+} > "$out/report.md"
+cat "$out/report.md"

@@ -1,0 +1,278 @@
+"""Which backend runs an op, and the registration that the three ops share.
+
+The backend of a call is the first of: its ``backend`` argument, the innermost ``use_backend`` block, the environment
+variable ``SLICEGPT_FAST_BACKEND``, ``"auto"``. ``auto`` reads the table AUTO from the top and takes the first row
+that fits and whose backend can run the call. A Triton row counts for the shapes that a tuning table found it faster at
+than torch; the shipped table is empty until somebody has measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicegpt_fast.errors import InputError
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "SLICEGPT_FAST_BACKEND"
+DECODE_ROWS = 16  # up to this many rows a matmul is bound by streaming its weight
+HALF = (torch.float16, torch.bfloat16)
+
+LIBRARY = torch.library.Library("slicegpt_fast", "DEF")
+OPS: dict[str, Op] = {}
+
+_in_context: ContextVar[str | None] = ContextVar("slicegpt_fast_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the choice of a backend depends on."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    regime: str  # "tall" for covariance_; "decode" (M <= 16) or "prefill" for the matmuls
+    shape: tuple[int, int, int]  # M, N, K of the matmul
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: calls that match all the columns go to ``backend``."""
+
+    op: str
+    device: str
+    capability: tuple[int, int]  # the lowest
+    dtypes: tuple[torch.dtype, ...]  # () for any
+    regime: str
+    backend: str
+    why: str
+
+    def fits(self, request: Request) -> bool:
+        return (
+            self.op == request.op
+            and self.device == request.device.type
+            and self.capability <= request.capability
+            and (not self.dtypes or request.dtype in self.dtypes)
+            and self.regime == request.regime
+        )
+
+
+AUTO = (
+    Rule("covariance_", "cuda", (8, 0), HALF, "tall", "triton", "half the FLOPs of a full matmul; where tuned"),
+    Rule("norm_linear", "cuda", (8, 0), HALF, "decode", "triton", "one pass over the weight; where tuned"),
+    Rule("norm_linear", "cuda", (8, 0), HALF, "prefill", "triton", "no norm kernel; where tuned"),
+    Rule("residual_linear", "cuda", (8, 0), HALF, "decode", "triton", "one pass over the weights; where tuned"),
+    Rule("residual_linear", "cuda", (8, 0), HALF, "prefill", "triton", "no add kernel; where tuned"),
+    Rule("covariance_", "cpu", (0, 0), (), "tall", "cpu", "half the FLOPs of a full matmul"),
+    Rule("norm_linear", "cpu", (0, 0), (), "decode", "cpu", "one pass over the weight"),
+    Rule("norm_linear", "cpu", (0, 0), (), "prefill", "cpu", "no norm pass"),
+    Rule("residual_linear", "cpu", (0, 0), (), "decode", "cpu", "one pass over the weights"),
+    Rule("residual_linear", "cpu", (0, 0), (), "prefill", "cpu", "no add pass"),
+)  # what no row takes goes to "reference"
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Runs the ops called inside the block on ``backend``, where a call does not name one itself.
+
+    Raises:
+        InputError: ``backend`` is none of BACKENDS.
+    """
+    _known(backend, "argument backend")
+    token = _in_context.set(backend)
+    try:
+        yield
+    finally:
+        _in_context.reset(token)
+
+
+def _known(backend: str, where: str) -> str:
+    if backend not in BACKENDS:
+        raise InputError(f"{where} is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
+    return backend
+
+
+def _asked_for(backend: str) -> str:
+    """The backend asked for, by the call, the context or the environment."""
+    if backend != "auto":
+        return _known(backend, "argument backend")
+    return _in_context.get() or _known(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """``run`` takes the op's arguments; ``refuses`` says why it cannot run a request, or None."""
+
+    run: Callable[..., Any]
+    refuses: Callable[[Request], str | None]
+
+
+class Op:
+    """An operator of the library: schema, checks, fake implementation, backends, and a plan per tensor metadata.
+
+    ``check(*arguments)`` raises InputError and ``request(*arguments)`` says what the backend depends on; both run once
+    for each new combination of shapes, strides, dtypes, devices and alignments. Warm calls go straight to their
+    backend.
+    """
+
+    PLANS = 4096
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        check: Callable[..., None],
+        request: Callable[..., Request],
+        fake: Callable[..., Any],
+    ) -> None:
+        self.name = name
+        self.check = check
+        self.request = request
+        self.backends = {"reference": Backend(reference, lambda request: None)}
+        self._plans: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+
+        def checked_fake(*arguments: Any) -> Any:
+            check(*arguments[:-1])
+            return fake(*arguments[:-1])
+
+        torch.library.register_fake(f"slicegpt_fast::{name}", checked_fake, lib=LIBRARY)
+        self.overload = getattr(torch.ops.slicegpt_fast, name).default
+        OPS[name] = self
+
+    def add_backend(self, backend: str, run: Callable[..., Any], refuses: Callable[[Request], str | None]) -> None:
+        """Offers ``run`` as the op's ``backend``; it is called with the op's arguments, checked."""
+        self.backends[backend] = Backend(run, refuses)
+
+    def __call__(self, *arguments: Any, backend: str) -> Any:
+        """Runs the op; through the reference, which autograd can follow, where a gradient is wanted."""
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            self.check(*arguments)
+            return self.backends["reference"].run(*arguments)
+        return self.overload(*arguments, backend)
+
+    def _run(self, *arguments: Any) -> Any:
+        *inputs, backend = arguments
+        key = (_asked_for(backend), *map(_metadata, inputs))
+        run = self._plans.get(key)
+        if run is None:
+            self.check(*inputs)
+            run = self.backends[self.choose(key[0], self.request(*inputs))].run
+            if len(self._plans) >= self.PLANS:
+                self._plans.clear()
+            self._plans[key] = run
+        return run(*inputs)
+
+    def choose(self, backend: str, request: Request) -> str:
+        """The backend that runs ``request`` when ``backend`` was asked for.
+
+        Raises:
+            InputError: a backend asked for by name does not exist here or cannot run the request.
+        """
+        if backend == "auto":
+            for rule in AUTO:
+                if rule.fits(request) and self._refusal(rule.backend, request) is None:
+                    return rule.backend if rule.backend != "triton" or _measured_faster(request) else "reference"
+            return "reference"
+        refusal = self._refusal(backend, request)
+        if refusal is not None:
+            raise InputError(f"backend {backend!r} cannot run {self.name}: {refusal}; use backend='auto'.")
+        return backend
+
+    def _refusal(self, backend: str, request: Request) -> str | None:
+        known = self.backends.get(backend)
+        return "it is not part of this installation" if known is None else known.refuses(request)
+
+
+def _metadata(x: Any) -> Any:
+    """All of an argument that a plan may depend on."""
+    return (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else x
+
+
+def triton_refuses(request: Request) -> str | None:
+    """Why the Triton kernels cannot run ``request``, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    from slicegpt_fast.triton_kernels.launch import KERNEL_DTYPES, interpreting
+
+    if request.device.type != "cuda" and not interpreting():
+        return f"it runs on CUDA devices, not on {request.device.type}"
+    if request.device.type == "cuda" and request.capability < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if request.dtype not in KERNEL_DTYPES:
+        return f"it has no {request.dtype} kernel"
+    if request.dtype == torch.float32 and request.capability >= (10, 0):
+        return "on this GPU Triton rounds fp32 operands to tf32"
+    return None
+
+
+def _measured_faster(request: Request) -> bool:
+    """True where a tuning table holds a measurement of this shape that the Triton kernel won against torch."""
+    from slicegpt_fast.triton_kernels.launch import gpu_of
+    from slicegpt_fast.triton_kernels.tiles import bucket, tuned
+
+    measured = tuned(gpu_of(request.device), request.op, bucket(request.dtype, *request.shape))
+    return measured is not None and measured["kernel_us"] < measured["reference_us"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises InputError unless ``condition`` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_matrix(name: str, x: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+    """Raises InputError unless ``x`` is a floating-point matrix, of the given dtype and device where they are given."""
+    require(x.dim() == 2, f"argument {name} has {x.dim()} dimensions; pass a matrix.")
+    require(x.is_floating_point(), f"argument {name} has dtype {x.dtype}; pass a floating-point tensor.")
+    _check_kind(name, x, dtype, device)
+
+
+def check_vector(
+    name: str, x: Tensor | None, length: Any, dtype: torch.dtype | None, device: torch.device | None
+) -> None:
+    """Raises InputError unless ``x`` is None or a vector of that length, dtype and device."""
+    if x is not None:
+        require(
+            x.dim() == 1 and x.shape[0] == length,
+            f"argument {name} has shape {list(x.shape)}; its shape must be [{length}].",
+        )
+        _check_kind(name, x, dtype, device)
+
+
+def _check_kind(name: str, x: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    require(dtype is None or x.dtype == dtype, f"argument {name} has dtype {x.dtype}; it must be {dtype}.")
+    require(device is None or x.device == device, f"argument {name} is on {x.device}; move it to {device}.")
+
+
+def kernel_table() -> list[dict[str, str]]:
+    """The rows of ``auto``, in order, each with whether its backend is there: what `info --kernels` prints."""
+    rows = []
+    for rule in AUTO:
+        offered = rule.backend in OPS[rule.op].backends and (rule.device != "cuda" or torch.cuda.is_available())
+        rows.append(
+            {
+                "op": rule.op,
+                "device": rule.device if rule.device == "cpu" else "cuda >= {}.{}".format(*rule.capability),
+                "dtypes": ", ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes) or "any",
+                "regime": rule.regime,
+                "backend": rule.backend if offered else "reference",
+                "why": rule.why if offered else f"{rule.backend} is not available here",
+            }
+        )
+    return rows

@@ -1,0 +1,151 @@
+"""``norm_linear``: a linear layer with the weightless norm before it and the activation after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slicegpt_fast.ops.dispatch import DECODE_ROWS, Op, Request, check_matrix, check_vector, require, triton_refuses
+
+ACTIVATIONS = {
+    None: lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu_gate": lambda y: F.silu(y[:, 0::2]) * y[:, 1::2],
+}
+
+
+def norm_linear(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    full_width: int,
+    sumsq: Tensor | None = None,
+    activation: str | None = None,
+    unscaled: int = 0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Returns ``act(rsqrt(sumsq / full_width + eps) * (h @ weight.T) + bias)``.
+
+    The norm has no weight (it is folded into ``weight``), and a row's scale commutes with the matmul.
+
+    Args:
+        h: [M, d] residual stream.
+        weight: [n, d], same dtype as ``h``. Its last ``unscaled`` rows skip the scale, the bias and the activation.
+        bias: [n - unscaled] or None, same dtype.
+        eps: the norm's epsilon.
+        full_width: D, the width that the norm divides by; the full one, also where ``h`` is sliced.
+        sumsq: [M] fp32, each row's sum of squares; computed in the same pass where it is None.
+        activation: None, "relu", "gelu" (erf), "gelu_tanh", or "silu_gate": rows 2j and 2j+1 of ``weight`` are gate
+            and up row j (see ``interleave``), and column j of the result is silu(gate) * up.
+        unscaled: rows at the end of ``weight`` that give plain ``h @ weight.T``.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [M, n], or [M, (n - unscaled) / 2 + unscaled] with a gate; the unscaled columns come last. Same dtype as ``h``.
+
+    Raises:
+        InputError: an argument's shape, dtype or device does not fit, or the backend cannot run the call.
+    """
+    return OP(h, weight, bias, float(eps), full_width, sumsq, activation, unscaled, backend=backend)
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of two [n, d] weights, or entries of two [n] biases, in turn: [2n, d] or [2n], as "silu_gate" expects."""
+    return torch.stack((gate, up), dim=1).flatten(0, 1)
+
+
+def reference(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    full_width: int,
+    sumsq: Tensor | None,
+    activation: str | None,
+    unscaled: int,
+) -> Tensor:
+    """The op in plain torch: the norm in fp32, rounded, then the linear layer, then the activation."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    if sumsq is None:
+        sumsq = h.to(wide).square().sum(dim=1)
+    scale = torch.rsqrt(sumsq / full_width + eps)
+    scaled = weight.shape[0] - unscaled
+    y = F.linear((h.to(wide) * scale[:, None]).to(h.dtype), weight[:scaled], bias)
+    y = ACTIVATIONS[activation](y)
+    return torch.cat((y, F.linear(h, weight[scaled:])), dim=1) if unscaled else y
+
+
+def check(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    full_width: int,
+    sumsq: Tensor | None,
+    activation: str | None,
+    unscaled: int,
+) -> None:
+    check_matrix("h", h)
+    check_matrix("weight", weight, h.dtype, h.device)
+    M, d = h.shape
+    n = weight.shape[0]
+    require(
+        weight.shape[1] == d, f"argument weight has {weight.shape[1]} columns; for h of width {d} it must have {d}."
+    )
+    require(0 <= unscaled <= n, f"argument unscaled is {unscaled}; it must be between 0 and weight's {n} rows.")
+    check_vector("bias", bias, n - unscaled, h.dtype, h.device)
+    check_vector("sumsq", sumsq, M, torch.float32, h.device)
+    require(full_width > 0, f"argument full_width is {full_width}; it must be positive.")
+    require(
+        activation in ACTIVATIONS,
+        f"argument activation is {activation!r}; it must be None or one of {', '.join(filter(None, ACTIVATIONS))}.",
+    )
+    require(
+        activation != "silu_gate" or (n - unscaled) % 2 == 0,
+        f"argument weight has {n - unscaled} scaled rows; silu_gate needs gate and up rows in pairs.",
+    )
+
+
+def fake(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    full_width: int,
+    sumsq: Tensor | None,
+    activation: str | None,
+    unscaled: int,
+) -> Tensor:
+    scaled = weight.shape[0] - unscaled
+    return h.new_empty(h.shape[0], (scaled // 2 if activation == "silu_gate" else scaled) + unscaled)
+
+
+def request(h: Tensor, weight: Tensor, *others: Any) -> Request:
+    regime = "decode" if h.shape[0] <= DECODE_ROWS else "prefill"
+    return Request("norm_linear", h.device, h.dtype, regime, (h.shape[0], weight.shape[0], weight.shape[1]))
+
+
+def _triton(h: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    from slicegpt_fast.triton_kernels import norm_linear as kernels
+
+    run = kernels.norm_linear if h.numel() and weight.numel() else reference
+    return run(h, weight, *others)
+
+
+OP = Op(
+    "norm_linear",
+    "(Tensor h, Tensor weight, Tensor? bias, float eps, SymInt full_width, Tensor? sumsq, str? activation, "
+    "SymInt unscaled, str backend) -> Tensor",
+    reference=reference,
+    check=check,
+    request=request,
+    fake=fake,
+)
+OP.add_backend("triton", _triton, triton_refuses)

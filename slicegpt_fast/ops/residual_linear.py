@@ -1,0 +1,120 @@
+"""``residual_linear``: a linear layer, the shortcut of the residual stream, and the next norm's statistic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slicegpt_fast.ops.dispatch import DECODE_ROWS, Op, Request, check_matrix, check_vector, require, triton_refuses
+
+
+def residual_linear(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    shortcut: Tensor | tuple[Tensor, Tensor] | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Returns ``h' = a @ weight.T + bias + shortcut(h)`` and each row's sum of squares of h'.
+
+    Args:
+        a: [M, k] input of the layer that writes to the residual stream.
+        weight: [n, k], same dtype as ``a``.
+        bias: [n] or None, same dtype.
+        h: the residual stream: [M, d] with a dense shortcut, else [M, n]. Same dtype.
+        shortcut: None: h itself. S [d, n]: ``h @ S``. A pair (t [M, r], V [r, n]): ``h + t @ V``, a low-rank shortcut
+            where t = h @ U came from the unscaled columns of the ``norm_linear`` before.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        h' [M, n], same dtype as ``a``, and [M] fp32, the sums of squares of the rounded h'.
+
+    Raises:
+        InputError: an argument's shape, dtype or device does not fit, or the backend cannot run the call.
+    """
+    if shortcut is None:
+        return OP(a, weight, bias, h, None, None, backend=backend)
+    if isinstance(shortcut, Tensor):
+        return OP(a, weight, bias, None, h, shortcut, backend=backend)
+    return OP(a, weight, bias, h, *shortcut, backend=backend)
+
+
+def reference(
+    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The op in plain torch: each addition rides in a matmul (beta = 1), and the squares are a second pass."""
+    if residual is None:
+        y = F.linear(a, weight, bias)
+    else:
+        y = torch.addmm(residual, a, weight.T)
+        y = y if bias is None else y + bias
+    if a2 is not None and weight2 is not None:
+        y = torch.addmm(y, a2, weight2)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return y, y.to(wide).square().sum(dim=1).float()
+
+
+def check(
+    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
+) -> None:
+    check_matrix("a", a)
+    check_matrix("weight", weight, a.dtype, a.device)
+    (M, k), n = a.shape, weight.shape[0]
+    require(
+        weight.shape[1] == k, f"argument weight has {weight.shape[1]} columns; for a of width {k} it must have {k}."
+    )
+    check_vector("bias", bias, n, a.dtype, a.device)
+    require(residual is not None or a2 is not None, "argument h is None; pass the residual stream.")
+    if residual is not None:
+        check_matrix("h", residual, a.dtype, a.device)
+        require(
+            residual.shape[0] == M and residual.shape[1] == n,
+            f"argument h has shape {list(residual.shape)}; without a dense shortcut it must be [{M}, {n}].",
+        )
+    require((a2 is None) == (weight2 is None), "argument shortcut must be None, a matrix or a pair of matrices.")
+    if a2 is not None and weight2 is not None:
+        left = "h" if residual is None else "shortcut[0]"
+        right = "shortcut" if residual is None else "shortcut[1]"
+        check_matrix(left, a2, a.dtype, a.device)
+        check_matrix(right, weight2, a.dtype, a.device)
+        require(a2.shape[0] == M, f"argument {left} has {a2.shape[0]} rows; like a it must have {M}.")
+        require(
+            weight2.shape[0] == a2.shape[1] and weight2.shape[1] == n,
+            f"argument {right} has shape {list(weight2.shape)}; it must be [{a2.shape[1]}, {n}].",
+        )
+
+
+def fake(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape[0], weight.shape[0]), a.new_empty(a.shape[0], dtype=torch.float32)
+
+
+def request(
+    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
+) -> Request:
+    regime = "decode" if a.shape[0] <= DECODE_ROWS else "prefill"
+    K = a.shape[1] + (0 if a2 is None else a2.shape[1])
+    return Request("residual_linear", a.device, a.dtype, regime, (a.shape[0], weight.shape[0], K))
+
+
+def _triton(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    from slicegpt_fast.triton_kernels import residual_linear as kernels
+
+    run = kernels.residual_linear if a.numel() and weight.numel() else reference
+    return run(a, weight, *others)
+
+
+OP = Op(
+    "residual_linear",
+    "(Tensor a, Tensor weight, Tensor? bias, Tensor? residual, Tensor? a2, Tensor? weight2, str backend)"
+    " -> (Tensor, Tensor)",
+    reference=reference,
+    check=check,
+    request=request,
+    fake=fake,
+)
+OP.add_backend("triton", _triton, triton_refuses)

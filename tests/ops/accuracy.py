@@ -1,0 +1,33 @@
+"""The tolerance rule of the matmul kernels, and inputs that are hard on it."""
+
+import torch
+from torch import Tensor
+
+
+def assert_as_good_as_torch(value: Tensor, by_torch: Tensor, exact: Tensor) -> None:
+    """The largest error is at most twice that of torch in the same dtype, plus one rounding of the largest value."""
+    assert value.dtype == by_torch.dtype
+    assert value.shape == exact.shape
+    error = (value.double() - exact).abs().max().item()
+    allowed = 2 * (by_torch.double() - exact).abs().max().item()
+    allowed += torch.finfo(value.dtype).eps / 2 * exact.abs().max().item()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def double(x: object) -> object:
+    """The same arguments in fp64."""
+    if isinstance(x, tuple):
+        return tuple(map(double, x))
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def random(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=device) * scale).to(dtype)
+
+
+def poisoned(x: Tensor) -> Tensor:
+    """A view that holds the values of ``x`` amid NaN: a kernel that reads beside it shows."""
+    store = torch.full((x.shape[0] + 2, x.shape[1] + 5), float("nan"), dtype=x.dtype, device=x.device)
+    view = store[1:-1, 3:-2]
+    view.copy_(x)
+    return view

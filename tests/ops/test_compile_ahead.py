@@ -1,0 +1,30 @@
+"""Every kernel compiles for GPUs that are not here: no spills, within shared memory, wgmma where it should be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TARGETS = ["sm_80", "sm_90", "sm_100"]
+
+
+def compile_for(target: str, how_much: str) -> None:
+    """Runs aot.py in a process of its own: this one's kernels may belong to the interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("aot.py")
+    run = subprocess.run([sys.executable, script, target, how_much], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_representative_kernels(target):
+    compile_for(target, "some")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_shipped_configuration(target):
+    compile_for(target, "all")

@@ -1,0 +1,158 @@
+"""covariance_: every backend against fp64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.ops import covariance_, use_backend
+
+KERNEL_BACKENDS = ["reference", "triton"]
+
+
+def exact(x, row_scale=None, mask=None):
+    rows = x.double()
+    if row_scale is not None:
+        rows = rows * row_scale.double()[:, None]
+    if mask is not None:
+        rows = rows[mask]
+    return rows.T @ rows
+
+
+def relative_error(value, expected):
+    return ((value.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+def uneven(N, D, dtype, device):
+    """Columns with means and very different sizes, as in a residual stream."""
+    sizes = torch.logspace(-2, 1, D, device=device)
+    return ((torch.randn(N, D, device=device) + 0.5) * sizes).to(dtype)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 8), (3, 17), (17, 40), (199, 136), (530, 152)], ids=str)
+def test_matches_fp64(shape, backend, dtype, device):
+    x = uneven(*shape, dtype, device)
+    acc = torch.eye(shape[1], dtype=torch.float64, device=device)
+    expected = acc + exact(x)
+    assert covariance_(acc, x, backend=backend) is acc
+    assert relative_error(acc, expected) <= 1e-6
+    assert torch.equal(acc, acc.T)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("width", [40, 33])
+def test_row_scale_and_mask(width, backend, dtype, device):
+    x = uneven(199, width, dtype, device)
+    row_scale = torch.rsqrt(x.float().square().mean(1) + 1e-6)
+    row_scale[7] = 0.0
+    mask = torch.rand(199, device=device) > 0.3
+    expected = exact(x, row_scale, mask)
+    x[~mask] = float("nan")
+    row_scale[~mask] = float("inf")
+    acc = torch.zeros(width, width, dtype=torch.float64, device=device)
+    covariance_(acc, x, row_scale, mask, backend=backend)
+    assert relative_error(acc, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_views(backend, dtype, device):
+    store = uneven(120, 100, dtype, device)
+    for x in (store[:, 3:40], store[::3, 8:48], store[5:, 16:56], store[:40].T):
+        acc = torch.full((x.shape[1] + 2, x.shape[1]), 7.0, dtype=torch.float32, device=device)
+        covariance_(acc[1:-1], x, backend=backend)
+        assert relative_error(acc[1:-1], 7.0 + exact(x)) <= 1e-6
+        assert (acc[0] == 7).all()
+        assert (acc[-1] == 7).all()
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 8), (5, 0)], ids=str)
+def test_empty(shape, backend, dtype, device):
+    acc = torch.ones(shape[1], shape[1], device=device)
+    covariance_(acc, torch.empty(shape, dtype=dtype, device=device), backend=backend)
+    assert (acc == 1).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    N=st.integers(1, 300), D=st.integers(1, 140), masked=st.booleans(), scaled=st.booleans(), seed=st.integers(0, 99)
+)
+def test_any_shape(N, D, masked, scaled, seed):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    x = uneven(N, D, torch.float16, device)
+    mask = torch.rand(N, device=device) > 0.5 if masked else None
+    row_scale = torch.rand(N, device=device) + 0.1 if scaled else None
+    acc = torch.zeros(D, D, dtype=torch.float64, device=device)
+    covariance_(acc, x, row_scale, mask, backend="triton")
+    assert relative_error(acc, exact(x, row_scale, mask)) <= (1e-5 if scaled else 1e-6)
+
+
+def test_splits_add_up_in_order(device, monkeypatch):
+    """Many splits and many MMA chains give the exact sum, and the same bits every time."""
+    from slicegpt_fast.triton_kernels import covariance
+
+    monkeypatch.setattr(covariance, "choose_splits", lambda gpu, tile, N, D: 5)
+    x = uneven(2500, 24, torch.float16, device)
+    results = [torch.zeros(24, 24, dtype=torch.float64, device=device) for _ in range(2)]
+    for acc in results:
+        covariance_(acc, x, backend="triton")
+    assert relative_error(results[0], exact(x)) <= 1e-6
+    assert torch.equal(*results)
+
+
+def test_offsets_are_64_bit(device):
+    """Rows lie 2^30 elements apart, so the last one starts past 2^31."""
+    x = torch.empty_strided((4, 16), (2**30, 1), dtype=torch.float16, device=device)
+    x.copy_(torch.randn(4, 16))
+    acc = torch.zeros(16, 16, dtype=torch.float64, device=device)
+    covariance_(acc, x, backend="triton")
+    assert relative_error(acc, exact(x)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("acc", dict(acc=torch.zeros(3, 4))),
+        ("acc", dict(acc=torch.zeros(4, 4, dtype=torch.float16))),
+        ("x", dict(x=torch.zeros(2, 3, 4))),
+        ("x", dict(x=torch.zeros(5, 4, dtype=torch.int64))),
+        ("row_scale", dict(row_scale=torch.zeros(4))),
+        ("row_scale", dict(row_scale=torch.zeros(5, dtype=torch.int32))),
+        ("mask", dict(mask=torch.zeros(5))),
+        ("mask", dict(mask=torch.zeros(1, 5, dtype=torch.bool))),
+        ("backend", dict(backend="fast")),
+    ],
+)
+def test_bad_arguments_are_named(name, change):
+    arguments = dict(acc=torch.zeros(4, 4), x=torch.zeros(5, 4)) | change
+    with pytest.raises(InputError, match=f"argument {name} "):
+        covariance_(**arguments)
+
+
+def test_registration(device):
+    x = torch.randn(6, 5, device=device)
+    mask = torch.ones(6, dtype=torch.bool, device=device)
+    acc = torch.zeros(5, 5, dtype=torch.float64, device=device)
+    with use_backend("reference"):
+        torch.library.opcheck(torch.ops.slicegpt_fast.covariance_, (acc, x, None, mask, "auto"))
+
+
+def test_compiles_with_dynamic_shapes(device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = []
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def accumulate(acc, x):
+        return covariance_(acc, x * 2) + 1
+
+    for N in (3, 7):
+        x = torch.randn(N, 5, device=device)
+        acc = torch.zeros(5, 5, dtype=torch.float64, device=device)
+        assert relative_error(accumulate(acc, x) - 1, exact(2 * x)) <= 1e-6
+        assert relative_error(acc, exact(2 * x)) <= 1e-6
+        compiled.append(counter.frame_count)
+    assert compiled[0] == compiled[1]

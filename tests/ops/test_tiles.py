@@ -1,0 +1,110 @@
+"""Tile choice: the wave model, split-K, and the tables of measured tiles."""
+
+import json
+
+import pytest
+import torch
+
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.ops import kernel_table
+from slicegpt_fast.ops.tuning import block_shapes, tune
+from slicegpt_fast.triton_kernels import covariance, launch, tiles
+from slicegpt_fast.triton_kernels.launch import Gpu
+from slicegpt_fast.triton_kernels.tiles import Tile
+
+H200 = Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder in place of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiles._tables.cache_clear()
+    tiles.choose_tile.cache_clear()
+    yield tmp_path
+    tiles._tables.cache_clear()
+    tiles.choose_tile.cache_clear()
+
+
+def choose(m, n, k, op="norm_linear"):
+    return tiles.choose_tile(H200, op, BF16, m, n, k, True, None)
+
+
+def test_wave_model_counts_true_widths(cache):
+    large, small = tiles.TILES[9][0], tiles.TILES[9][1]
+    assert choose(4096, 22016, 2872) == large  # 2752 tiles of 128x256: 20.8 waves
+    # One column of tiles more than fits a wave costs a whole wave of large tiles, but less of small ones.
+    assert tiles.clocks(H200, large, 128, 132 * 256 + 8, 4096) == 2 * tiles.clocks(H200, large, 128, 132 * 256, 4096)
+    assert tiles.clocks(H200, small, 2048, 2048 + 8, 4096) > tiles.clocks(H200, small, 2048, 2048, 4096)
+    assert choose(64, 512, 4096).m == 64
+    assert choose(16, 12288, 2872) == tiles.DECODE_TILES[0]
+
+
+@pytest.mark.parametrize("k", [1, 64, 2872, 13880])
+@pytest.mark.parametrize("count", [1, 45, 192, 1000])
+def test_splits_cover_k(count, k):
+    split, split_k = tiles.choose_split(H200, tiles.DECODE_TILES[0], count, k)
+    assert (split - 1) * split_k < k <= split * split_k
+    if count == 1000:
+        assert split == 1
+
+
+@pytest.mark.parametrize("N", [1, 5000, 65536, 10**6])
+@pytest.mark.parametrize("D", [8, 2872, 8192])
+def test_covariance_splits_are_short_enough(N, D):
+    splits = covariance.choose_splits(H200, covariance.TILE[9], N, D)
+    assert splits >= 1
+    assert N / splits <= covariance.LONGEST_SPLIT
+
+
+def test_measured_tile_wins(cache):
+    tile = Tile(64, 128, 64, 4, 4)
+    assert choose(3000, 4096, 2872) != tile
+    tiles.record(H200, "norm_linear", tiles.bucket(BF16, 4096, 4096, 2872), tile, 100.0, 90.0)
+    assert choose(3000, 4096, 2872) == tile  # same bucket: M up to 4096
+    assert choose(5000, 4096, 2872) != tile
+    assert choose(3000, 4096, 2872, "residual_linear") != tile
+    assert tiles.tuned(H200, "norm_linear", tiles.bucket(BF16, 3000, 4096, 2872))["reference_us"] == 90.0
+    assert [path.name for path in (cache / "slicegpt-fast").iterdir()] == ["tuned.json"]
+
+
+def test_measured_tile_that_a_call_cannot_use_is_passed_over(cache):
+    tiles.record(H200, "norm_linear", tiles.bucket(BF16, 4096, 4096, 2872), tiles.TILES[9][0], 100.0, 90.0)
+    assert choose(4096, 4096, 2872) == tiles.TILES[9][0]
+    assert tiles.choose_tile(H200, "norm_linear", BF16, 4096, 4096, 2872, False, None) in tiles.SMALL_TILES
+
+
+def test_records_add_up(cache):
+    for n in (8, 16):
+        tiles.record(H200, "norm_linear", tiles.bucket(BF16, 32, n, 8), tiles.TILES[9][1], 1.0, 2.0)
+    assert len(json.loads(tiles.user_table().read_text())["NVIDIA H200"]["norm_linear"]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to tune for")
+def test_tune_without_a_gpu():
+    with pytest.raises(InputError, match="no CUDA device"):
+        list(tune(block_shapes(2872, 4096, 4096, 11008, [16]), BF16))
+
+
+def test_kernel_table_names_every_op():
+    rows = kernel_table()
+    assert {row["op"] for row in rows} == {"covariance_", "norm_linear", "residual_linear"}
+    if not torch.cuda.is_available():
+        assert {row["backend"] for row in rows if row["device"] != "cpu"} == {"reference"}
+
+
+def test_counters_start_and_stay_zero(device):
+    cells = launch.counters(5, torch.device(device))
+    assert cells.dtype == torch.int32
+    assert (cells == 0).all()
+    assert launch.counters(3, torch.device(device)).data_ptr() == cells.data_ptr()
+
+
+@pytest.mark.gpu
+def test_captured_launches_own_their_counters():
+    graph = torch.cuda.CUDAGraph()
+    launch.counters(8, torch.device("cuda", 0))
+    with torch.cuda.graph(graph):
+        first, second = (launch.counters(8, torch.device("cuda", 0)) for _ in range(2))
+    assert first.data_ptr() + 8 * 4 <= second.data_ptr()

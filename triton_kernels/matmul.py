@@ -1,0 +1,52 @@
+"""The parts that the matmul kernels share: loading a tile, ordering tiles, activations, split-K."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(
+    source, row, col, rows, cols, stride, TMA: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # -> [ROWS, COLS]
+    """Tile at (row, col) of a row-major matrix [rows, cols], zero outside; with TMA, ``source`` is a descriptor."""
+    if TMA:
+        tile = source.load([row, col])
+    else:
+        r = row + tl.arange(0, ROWS)[:, None]
+        c = col + tl.arange(0, COLS)[None, :]
+        tile = tl.load(source + r.to(tl.int64) * stride + c, mask=(r < rows) & (c < cols), other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(target, rows, columns, row_end, column_end, stride, value):
+    """Stores ``value`` at the given rows and columns of a row-major matrix, where they lie before both ends."""
+    pointers = target + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    mask = (rows < row_end)[:, None] & (columns < column_end)[None, :]
+    tl.store(pointers, value.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tile_position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of a tile. GROUP rows of tiles advance together: neighbours in time share operands in L2."""
+    group = tile // (GROUP * tiles_n)
+    first = group * GROUP
+    rows = tl.minimum(tiles_m - first, GROUP)
+    within = tile % (GROUP * tiles_n)
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation of fp32 ``x``, elementwise."""
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0.0, 0.0, x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    return x

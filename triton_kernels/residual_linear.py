@@ -1,0 +1,240 @@
+"""``h' = a W^T + b + shortcut(h)`` and the row sums of squares of h': the residual stream's update as one matmul.
+
+               K = k            K2 = d or r
+      a     +---------+  a2   +---------+        h' [M, n]
+    [M,k]   | BM x BK |       | BM x BK |  --->  +------+------+------+
+            +---------+       +---------+        |      |      |      |   + b, + h, rounded
+       W^T ------^       W2 ------^              +------+------+------+
+            one fp32 accumulator [BM, BN]          s0     s1     s2       sums of squares per row and tile
+
+The shortcut decides the second operand pair and the residual: absent (add h), dense S (pair h, S), low rank (pair t, V,
+and add h). A pair costs no kernel and no pass over memory of its own. The next norm needs sum(h'^2) of the *rounded*
+h': every tile leaves its rows' sums in a workspace, and the last tile of a block of rows to arrive adds them in order.
+
+Prefill, M > 16 (``residual_linear_prefill``): persistent programs own BM x BN tiles; operands by TMA from Hopper on.
+    FLOPs  2 M n (k + K2)
+    Bytes  2 (M k + n k + M K2 + n K2 + M n), and 2 M n more where h is added
+    Floor  at M=4096, n=2872, k=11008, dense S, one H200 (780 TFLOP/s): 0.42 ms of MMA
+    Share  not yet measured
+
+Decode, M <= 16 (``residual_linear_decode``): program (tile, split) streams BN rows of W, and BN columns of S, over its
+share of both K. The last share of a tile to arrive finishes the tile, the last tile the sums of squares.
+    Bytes  2 n (k + K2)
+    Floor  at n=2872, k=11008, dense S, one H200 (4.3 TB/s copy): 18.5 us
+    Share  not yet measured
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import arrives_last, counters, fits_tma, gpu_of, launch, matrix, vector_width
+from .matmul import load_tile, store_tile, tile_position
+from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
+
+
+@triton.jit
+def finish(
+    acc,  # [BM, BN] fp32
+    rows,  # [BM]
+    n,
+    bias,  # [N] or None
+    residual,  # [M, N] or None
+    y,  # [M, N]
+    M,
+    N,
+    stride_residual,
+    stride_y,
+    BN: tl.constexpr,
+):  # -> [BM] fp32
+    """The epilogue: bias, residual, rounding and store; returns the sums of squares of what was stored."""
+    columns = n + tl.arange(0, BN)
+    if bias is not None:
+        acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        pointers = residual + rows.to(tl.int64)[:, None] * stride_residual + columns[None, :]
+        acc += tl.load(pointers, mask=(rows < M)[:, None] & (columns < N)[None, :], other=0.0).to(tl.float32)
+    rounded = acc.to(y.dtype.element_ty)
+    store_tile(y, rows, columns, M, N, stride_y, rounded)
+    rounded = rounded.to(tl.float32)
+    return tl.sum(rounded * rounded, axis=1)
+
+
+@triton.jit
+def add_in_order(partial, sumsq, rows, M, tiles, stride):
+    """sumsq[rows] = the tiles' partial sums, added from the first to the last."""
+    total = tl.zeros(rows.shape, dtype=tl.float32)
+    pointers = partial + rows
+    for _ in range(tiles):
+        total += tl.load(pointers, mask=rows < M, other=0.0, cache_modifier=".cg")
+        pointers += stride
+    tl.store(sumsq + rows, total, mask=rows < M)
+
+
+@triton.jit
+def residual_linear_prefill(
+    a,  # [M, K] pointer or descriptor of [BM, BK] blocks
+    w,  # [N, K] pointer or descriptor of [BN, BK] blocks
+    a2,  # [M, K2] likewise, or None
+    w2,  # [K2, N] pointer or descriptor of [BK, BN] blocks, or None
+    bias,  # [N] or None
+    residual,  # [M, N] or None
+    y,  # [M, N]
+    partial,  # [tiles_n, M] fp32
+    sumsq,  # [M] fp32
+    counter,  # [tiles_m] int32, zero
+    M,
+    N,  # N, K, K2 and the strides in units of VEC
+    K,
+    K2,
+    stride_a,
+    stride_w,
+    stride_a2,
+    stride_w2,
+    stride_residual,
+    stride_y,
+    TMA: tl.constexpr,
+    VEC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    N = N * VEC
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, 8)
+        m = tile_m * BM
+        n = tile_n * BN
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in range(0, K * VEC, BK):
+            a_tile = load_tile(a, m, k, M, K * VEC, stride_a * VEC, TMA, BM, BK)
+            w_tile = load_tile(w, n, k, N, K * VEC, stride_w * VEC, TMA, BN, BK)
+            acc = tl.dot(a_tile, tl.trans(w_tile), acc, input_precision="ieee")
+        if a2 is not None:
+            for k in range(0, K2 * VEC, BK):
+                a2_tile = load_tile(a2, m, k, M, K2 * VEC, stride_a2 * VEC, TMA, BM, BK)
+                w2_tile = load_tile(w2, k, n, K2 * VEC, N, stride_w2 * VEC, TMA, BK, BN)
+                acc = tl.dot(a2_tile, w2_tile, acc, input_precision="ieee")
+        rows = m + tl.arange(0, BM)
+        square = finish(acc, rows, n, bias, residual, y, M, N, stride_residual * VEC, stride_y * VEC, BN)
+        tl.store(partial + tile_n.to(tl.int64) * M + rows, square, mask=rows < M)
+        if arrives_last(counter + tile_m, tiles_n):
+            add_in_order(partial, sumsq, rows, M, tiles_n, M)
+
+
+@triton.jit
+def residual_linear_decode(
+    a,  # [M, K], M <= BM
+    w,  # [N, K]
+    a2,  # [M, K2] or None
+    w2,  # [K2, N] or None
+    bias,
+    residual,
+    y,
+    shares,  # [tiles, SPLIT, BN, BM] fp32
+    partial,  # [tiles, BM] fp32
+    sumsq,
+    counter,  # [tiles + 1] int32, zero
+    M,
+    N,  # units as above
+    K,
+    K2,
+    stride_a,
+    stride_w,
+    stride_a2,
+    stride_w2,
+    stride_residual,
+    stride_y,
+    split_k,
+    split_k2,
+    SPLIT: tl.constexpr,
+    VEC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    N = N * VEC
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    n = tile * BN
+    rows = tl.arange(0, BM)
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for k in range(split * split_k, tl.minimum((split + 1) * split_k, K * VEC), BK):
+        w_tile = load_tile(w, n, k, N, K * VEC, stride_w * VEC, False, BN, BK)
+        a_tile = load_tile(a, 0, k, M, K * VEC, stride_a * VEC, False, BM, BK)
+        acc = tl.dot(w_tile, tl.trans(a_tile), acc, input_precision="ieee")
+    if a2 is not None:
+        for k in range(split * split_k2, tl.minimum((split + 1) * split_k2, K2 * VEC), BK):
+            w2_tile = load_tile(w2, k, n, K2 * VEC, N, stride_w2 * VEC, False, BK, BN)
+            a2_tile = load_tile(a2, 0, k, M, K2 * VEC, stride_a2 * VEC, False, BM, BK)
+            acc = tl.dot(tl.trans(w2_tile), tl.trans(a2_tile), acc, input_precision="ieee")
+
+    complete = True
+    if SPLIT > 1:
+        cells = tl.arange(0, BN)[:, None] * BM + rows[None, :]
+        first = tile.to(tl.int64) * (SPLIT * BN * BM)
+        tl.store(shares + first + split * (BN * BM) + cells, acc)
+        complete = arrives_last(counter + 1 + tile, SPLIT)
+        if complete:
+            acc = tl.zeros((BN, BM), dtype=tl.float32)
+            for other in range(SPLIT):
+                acc += tl.load(shares + first + other * (BN * BM) + cells, cache_modifier=".cg")
+    if complete:
+        square = finish(tl.trans(acc), rows, n, bias, residual, y, M, N, stride_residual * VEC, stride_y * VEC, BN)
+        tl.store(partial + tile * BM + rows, square)
+        if arrives_last(counter, tl.num_programs(0)):
+            add_in_order(partial, sumsq, rows, M, tl.num_programs(0), BM)
+
+
+def residual_linear(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    a2: torch.Tensor | None,
+    weight2: torch.Tensor | None,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``a W^T + b + residual + a2 W2`` and its row sums of squares; ``tile`` overrules the choice."""
+    a, weight = matrix(a), matrix(weight)
+    a2, weight2 = (None, None) if a2 is None or a2.shape[1] == 0 else (matrix(a2), matrix(weight2))
+    residual = None if residual is None else matrix(residual)
+    bias = None if bias is None else bias.contiguous()
+    (M, K), N = a.shape, weight.shape[0]
+    K2 = 0 if a2 is None else a2.shape[1]
+    y = torch.empty(M, N, dtype=a.dtype, device=a.device)
+    sumsq = torch.empty(M, dtype=torch.float32, device=a.device)
+    gpu = gpu_of(a.device)
+    shortcut = "dense" if residual is None else "add" if a2 is None else "low rank"
+    vec = vector_width(a, weight, a2, weight2, residual, y)
+    tile = tile or choose_tile(gpu, "residual_linear", a.dtype, M, N, K + K2, vec > 1, shortcut)
+    tiles_m, tiles_n = triton.cdiv(M, tile.m), triton.cdiv(N, tile.n)
+    strides = [0 if x is None else x.stride(0) // vec for x in (a, weight, a2, weight2, residual, y)]
+    sizes = (M, N // vec, K // vec, K2 // vec, *strides)
+
+    if M <= DECODE_ROWS:
+        split, split_k = choose_split(gpu, tile, tiles_n, K)
+        split_k2 = triton.cdiv(triton.cdiv(K2, split), tile.k) * tile.k
+        shares = torch.empty(tiles_n * split * tile.m * tile.n if split > 1 else 0, device=a.device)
+        partial = torch.empty(tiles_n * tile.m, device=a.device)
+        launch(
+            residual_linear_decode, (tiles_n, split), a.device,
+            a, weight, a2, weight2, bias, residual, y, shares, partial, sumsq, counters(tiles_n + 1, a.device),
+            *sizes, split_k, split_k2, SPLIT=split, VEC=vec, **tile.meta(),
+        )  # fmt: skip
+        return y, sumsq
+
+    tma = gpu.has_tma and fits_tma(a, weight, a2, weight2)
+    blocks = ((a, (tile.m, tile.k)), (weight, (tile.n, tile.k)), (a2, (tile.m, tile.k)), (weight2, (tile.k, tile.n)))
+    operands = [TensorDescriptor.from_tensor(x, list(b)) if tma and x is not None else x for x, b in blocks]
+    partial = torch.empty(tiles_n * M, device=a.device)
+    launch(
+        residual_linear_prefill, (min(tiles_m * tiles_n, programs(gpu, tile, a.element_size())),), a.device,
+        *operands, bias, residual, y, partial, sumsq, counters(tiles_m, a.device),
+        *sizes, TMA=tma, VEC=vec, **tile.meta(),
+    )  # fmt: skip
+    return y, sumsq

@@ -1,0 +1,165 @@
+"""Which tile a matmul uses: a table of tiles, a wave model that picks one, measured choices that overrule it.
+
+The wave model: a GPU works through the tiles of an output in waves of one tile per SM, so a tile shape is as good as
+its speed times the share of the last wave that it fills. At M=2048, N=2872 on 132 SMs, tiles of 128x256 leave a third
+of their second wave empty. The model counts over the true widths, so it sees this; nothing is padded to a power of
+two.
+
+    clocks(tile) = ceil(tiles / SMs) * (ceil(K / BK) * max(MMA clocks, L2 clocks of one K step) + fill and epilogue)
+
+Measured choices are JSON, keyed on GPU name, op and shape bucket: ``tuned.json`` beside this file, then the user's
+own file (``$XDG_CACHE_HOME/slicegpt-fast/tuned.json``), which `slicegpt-fast tune` writes and which wins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .launch import Gpu
+
+DECODE_ROWS = 16  # up to this many rows a matmul is bound by streaming the weight
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's output block, its K step, and how it is compiled."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def meta(self) -> dict[str, int]:
+        """Launch arguments of a kernel that takes a tile."""
+        return {"BM": self.m, "BN": self.n, "BK": self.k, "num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per SM and clock: dense 16-bit MMA FLOPs (datasheet), and bytes from L2 (an estimate until it is measured)."""
+
+    flops: int
+    l2_bytes: int
+
+
+# Keyed on the major compute capability.
+RATES = {8: Rates(2048, 40), 9: Rates(4096, 40), 10: Rates(8192, 64)}
+TILES = {
+    8: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4)),
+    9: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5)),
+    10: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
+}
+DECODE_TILES = (Tile(16, 64, 128, 4, 4), Tile(16, 128, 64, 4, 4))
+# For fp32, which runs on the FMA units, and for rows that are not 16-byte aligned, which load element by element.
+SMALL_TILES = (Tile(64, 64, 32, 4, 3),)
+SMALL_DECODE_TILES = (Tile(16, 64, 64, 4, 3),)
+# Epilogues that need registers (erf, the gate's split, the added residual): at most 64 accumulators per thread then.
+HEAVY_EPILOGUES = {8: ("gelu",), 9: ("gelu", "low rank"), 10: ("gelu", "silu_gate", "add", "low rank")}
+TILE_OVERHEAD = 2000  # clocks to fill the pipeline and write a tile out
+
+
+def generation(gpu: Gpu) -> int:
+    """The newest major capability in the tables that ``gpu`` can run."""
+    return max((major for major in TILES if major <= gpu.capability[0]), default=min(TILES))
+
+
+def tiles_for(gpu: Gpu, dtype: torch.dtype, m: int, aligned: bool, epilogue: str | None) -> tuple[Tile, ...]:
+    """Every tile that may be used for ``m`` rows on ``gpu``.
+
+    ``aligned``: rows load in vectors of 16 bytes. ``epilogue``: the activation, or the kind of shortcut.
+    """
+    large = aligned and dtype != torch.float32
+    if m <= DECODE_ROWS:
+        return DECODE_TILES if large else SMALL_DECODE_TILES
+    tiles = TILES[generation(gpu)] if large else SMALL_TILES
+    most = 64 if epilogue in HEAVY_EPILOGUES[generation(gpu)] else 128
+    return tuple(tile for tile in tiles if tile.m * tile.n <= most * 32 * tile.warps)
+
+
+def programs(gpu: Gpu, tile: Tile, element_size: int) -> int:
+    """Programs with this tile that ``gpu`` runs at once: one per SM, or two where their operand buffers fit."""
+    buffers = tile.stages * (tile.m + tile.n) * tile.k * element_size
+    return gpu.sms * max(1, min(2, gpu.shared_memory // buffers))
+
+
+@lru_cache(maxsize=4096)
+def choose_split(gpu: Gpu, tile: Tile, tiles: int, k: int) -> tuple[int, int]:
+    """Programs that share one decode tile's K, and the K of each: enough to keep every SM streaming, in full waves."""
+    steps = -(-k // tile.k)
+
+    def time(split: int) -> float:
+        waves = -(-tiles * split // (2 * gpu.sms))
+        return waves * -(-steps // split) + (2 + 0.5 * split if split > 1 else 0)  # in K steps
+
+    split = min((split for split in (1, 2, 4, 8, 16) if split <= steps), key=time)
+    split_steps = -(-steps // split)
+    return -(-steps // split_steps), split_steps * tile.k
+
+
+def clocks(gpu: Gpu, tile: Tile, m: int, n: int, k: int) -> float:
+    """The wave model's estimate for an [m, n] output with K = k."""
+    rates = RATES[generation(gpu)]
+    tiles = -(-m // tile.m) * -(-n // tile.n)
+    waves = -(-tiles // gpu.sms)
+    step = max(2 * tile.m * tile.n * tile.k / rates.flops, 2 * (tile.m + tile.n) * tile.k / rates.l2_bytes)
+    return waves * (-(-k // tile.k) * step + TILE_OVERHEAD)
+
+
+def bucket(dtype: torch.dtype, m: int, n: int, k: int) -> str:
+    """Key of a shape in the tuning tables: M rounded up to a power of two, the widths as they are."""
+    rows = max(DECODE_ROWS, 1 << (m - 1).bit_length())
+    return f"{str(dtype).removeprefix('torch.')} M<={rows} N={n} K={k}"
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(
+    gpu: Gpu, op: str, dtype: torch.dtype, m: int, n: int, k: int, aligned: bool, epilogue: str | None
+) -> Tile:
+    """The measured tile for this shape where there is one, else the first for decode, else the wave model's choice."""
+    allowed = tiles_for(gpu, dtype, m, aligned, epilogue)
+    measured = tuned(gpu, op, bucket(dtype, m, n, k))
+    if measured is not None and Tile(**measured["tile"]) in allowed:
+        return Tile(**measured["tile"])
+    return allowed[0] if m <= DECODE_ROWS else min(allowed, key=lambda tile: clocks(gpu, tile, m, n, k))
+
+
+def user_table() -> Path:
+    """Where `slicegpt-fast tune` keeps what it measured on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slicegpt-fast" / "tuned.json"
+
+
+@lru_cache
+def _tables() -> tuple[dict[str, Any], ...]:
+    files = (user_table(), Path(__file__).with_name("tuned.json"))
+    return tuple(json.loads(file.read_text()) for file in files if file.is_file())
+
+
+def tuned(gpu: Gpu, op: str, shape_bucket: str) -> dict[str, Any] | None:
+    """What was measured for this bucket: ``kernel_us`` with the best ``tile``, and torch's ``reference_us``."""
+    for table in _tables():
+        entry = table.get(gpu.name, {}).get(op, {}).get(shape_bucket)
+        if entry is not None:
+            return entry
+    return None
+
+
+def record(gpu: Gpu, op: str, shape_bucket: str, tile: Tile, kernel_us: float, reference_us: float) -> None:
+    """Adds a measurement to the user's table, written beside it and renamed."""
+    path = user_table()
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    entry = {"tile": asdict(tile), "kernel_us": round(kernel_us, 2), "reference_us": round(reference_us, 2)}
+    table.setdefault(gpu.name, {}).setdefault(op, {})[shape_bucket] = entry
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    beside.replace(path)
+    _tables.cache_clear()
+    choose_tile.cache_clear()
