@@ -6,6 +6,7 @@ from slicegpt_fast.evaluation import perplexity
 from slicegpt_fast.export import export_plain
 from slicegpt_fast.reference import import_reference
 from slicegpt_fast.slicing import slice_model
+from slicegpt_fast.streaming import slice_checkpoint
 
 __all__ = [
     "InputError",
@@ -15,5 +16,6 @@ __all__ = [
     "load_tokenizer",
     "perplexity",
     "save_model",
+    "slice_checkpoint",
     "slice_model",
 ]

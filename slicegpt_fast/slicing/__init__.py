@@ -20,6 +20,7 @@ from slicegpt_fast.slicing.plan import (
     make_plan,
 )
 from slicegpt_fast.slicing.rotation import apply_bases
+from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
 from slicegpt_fast.slicing.stream import Batch
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "apply_bases",
     "block_parameters",
     "find_bases",
+    "first_plan",
     "fit_bases",
     "make_plan",
     "slice_config_of",
@@ -106,24 +108,29 @@ def fit_bases(
     *,
     schedule: Schedule = "uniform",
     refit: bool = False,
+    storage: Storage = IN_MEMORY,
     progress: bool = True,
     **plan_arguments: Any,
 ) -> Bases:
     """All of :func:`slice_model` but the slicing itself: its arguments, and the bases that it applies."""
-    check_choice("schedule", schedule, Schedule)
     calibration = list(calibration)
+    plan = first_plan(model, schedule, plan_arguments)
     if schedule == "variance":
-        target = plan_arguments.pop("target_params", None)
-        if target is None:
-            raise InputError("schedule='variance' spends a budget: give target_params.")
-        plan_arguments["sparsity"] = 0
-        whole = make_plan(model, **plan_arguments)
-        spectra = find_bases(model, calibration, whole, progress=progress).spectra
+        spectra = find_bases(model, calibration, plan, storage=storage.of("spectra"), progress=progress).spectra
         step, slice_head = plan_arguments.get("round_to", 8), plan_arguments.get("slice_head", False)
-        plan = fit_widths(model, whole, spectra, target, round_to=step, slice_head=slice_head)
-    else:
-        plan = make_plan(model, **plan_arguments)
-    bases = find_bases(model, calibration, plan, progress=progress)
+        budget = plan_arguments["target_params"]
+        plan = fit_widths(model, plan, spectra, budget, round_to=step, slice_head=slice_head)
+    bases = find_bases(model, calibration, plan, storage=storage.of("bases"), progress=progress)
     if refit:
-        bases = refit_readers(model, calibration, bases, progress=progress)
-    return align(bases) if plan.shortcut == "aligned" else bases
+        bases = refit_readers(model, calibration, bases, storage=storage.of("refit"), progress=progress)
+    return align(bases, storage=storage.of("align")) if plan.shortcut == "aligned" else bases
+
+
+def first_plan(model: PreTrainedModel, schedule: Schedule, plan_arguments: dict[str, Any]) -> SlicePlan:
+    """The plan that the arguments of :func:`slice_model` ask for, of full width where spectra will give the sizes."""
+    check_choice("schedule", schedule, Schedule)
+    if schedule == "uniform":
+        return make_plan(model, **plan_arguments)
+    if plan_arguments.get("target_params") is None:
+        raise InputError("schedule='variance' spends a budget: give target_params.")
+    return make_plan(model, **plan_arguments | {"target_params": None, "sparsity": 0})

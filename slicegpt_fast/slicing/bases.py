@@ -6,13 +6,12 @@ as soon as it is known: later bases are fitted to what the sliced model will rea
 Bases that several sites share are fitted to the dense model's stream.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import architecture_of, at
@@ -20,7 +19,8 @@ from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
 from slicegpt_fast.slicing.layers import norm_eps, normalise, rstd, run_sublayer
 from slicegpt_fast.slicing.plan import SlicePlan
-from slicegpt_fast.slicing.stream import Batch, enter, evaluating, stops
+from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
+from slicegpt_fast.slicing.stream import Batch, enter, evaluating, visit
 
 REFIT_DAMPING = 0.01  # of the mean diagonal of X^T X
 
@@ -34,14 +34,22 @@ class Bases:
         matrices: one [D, d] fp64 matrix with orthonormal columns per basis.
         spectra: [number of bases, D] fp64, the descending eigenvalues of the covariance each basis came from.
         tokens: how many calibration tokens were counted.
-        readers: one [D, d] matrix per site, what its readers' inputs are mapped by: the site's basis unless re-fitted.
+        readers: one [D, d] matrix per site, what its readers' inputs are mapped by; empty unless they were re-fitted.
     """
 
     plan: SlicePlan
-    matrices: tuple[Tensor, ...]
+    matrices: Sequence[Tensor]
     spectra: Tensor
     tokens: int
-    readers: tuple[Tensor, ...]
+    readers: Sequence[Tensor] = ()
+
+    def basis(self, site: int) -> Tensor:
+        """The basis of a site."""
+        return self.matrices[self.plan.groups[site]]
+
+    def reader(self, site: int) -> Tensor:
+        """What the inputs of a site's readers are mapped by: its basis unless re-fitted."""
+        return self.readers[site] if self.readers else self.basis(site)
 
 
 def principal_components(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +65,12 @@ def principal_components(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def find_bases(
-    model: PreTrainedModel, calibration: Iterable[Batch], plan: SlicePlan, *, progress: bool = True
+    model: PreTrainedModel,
+    calibration: Iterable[Batch],
+    plan: SlicePlan,
+    *,
+    storage: Storage = IN_MEMORY,
+    progress: bool = True,
 ) -> Bases:
     """Fit the bases of ``plan`` to the stream of the dense ``model`` on calibration tokens.
 
@@ -66,6 +79,7 @@ def find_bases(
         calibration: token batches, each a [B, T] (or [T]) integer tensor or a mapping with ``input_ids`` and, where
             there is padding, ``attention_mask``. Padded positions count nowhere.
         plan: from :func:`make_plan` on the same model.
+        storage: where the weights are found and the work is kept.
         progress: show a progress bar over the norm sites.
 
     Raises:
@@ -73,14 +87,19 @@ def find_bases(
     """
     centered, full = architecture_of(model).centered, plan.full_width
     each_its_own = len(set(plan.groups)) == len(plan.groups)
-    spectra, matrices = [], []
+    spectra, matrices = storage.tensors("spectra"), storage.tensors("matrices")
+    unfinished = storage.tensors("covariance")  # of the sites so far, where the next one shares their basis
     with evaluating(model):
-        stream = enter(model, calibration, at_least=max(plan.widths))
-        for site, stop in enumerate(tqdm(stops(model), desc="calibrating", unit="site", disable=not progress)):
-            if site == 0 or plan.has_shortcut(site - 1):
-                covariance = torch.zeros(full, full, dtype=torch.float64, device=stream.states[0].device)
+        stream = enter(model, calibration, storage, at_least=max(plan.widths))
+        for stop in visit(model, storage, "calibrating", progress=progress):
+            if unfinished:
+                covariance = unfinished.pop()
+            else:
+                covariance = torch.zeros(full, full, dtype=torch.float64, device=stream.counted[0].device)
             for i, mask in enumerate(stream.counted):
-                state = stream.states[i] = _centred(stream.states[i]) if centered else stream.states[i]
+                state = stream.states[i]
+                if centered:
+                    state = stream.states[i] = _centred(state)
                 rows = state.flatten(0, 1)
                 scale = rstd(rows, full, norm_eps(stop.norm)).squeeze(1) if plan.signal == "normalized" else None
                 covariance_(covariance, rows, scale, mask)
@@ -89,25 +108,31 @@ def find_bases(
                     f"the activations entering {stop.path} are not finite in {model.dtype}: check the weights, or load "
                     "the model in a wider dtype."
                 )
-            if stop.sublayer is None or plan.has_shortcut(site):
+            if stop.sublayer is None or plan.has_shortcut(stop.site):
                 values, vectors = principal_components(covariance)
                 spectra.append(values)
-                matrices.append(vectors[:, : plan.widths[site]].clone())
+                matrices.append(vectors[:, : plan.widths[stop.site]].clone(memory_format=torch.contiguous_format))
+            else:
+                unfinished.append(covariance)
             if stop.layer is None or stop.sublayer is None:
-                break
+                continue
             projection = (matrices[-1] @ matrices[-1].T).to(model.dtype) if each_its_own else None
             for i, arguments in enumerate(stream.layer_arguments):
                 state = stream.states[i] if projection is None else stream.states[i] @ projection
                 normalised = normalise(stop.layer, stop.sublayer, state)
                 output, _ = run_sublayer(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
                 stream.states[i] = state + output
-    readers = tuple(matrices[group] for group in plan.groups)
-    return Bases(plan, tuple(matrices), torch.stack(spectra), stream.tokens, readers)
+    return Bases(plan, matrices, torch.stack(list(spectra)), stream.tokens)
 
 
 @torch.no_grad()
 def refit_readers(
-    model: PreTrainedModel, calibration: Iterable[Batch], bases: Bases, *, progress: bool = True
+    model: PreTrainedModel,
+    calibration: Iterable[Batch],
+    bases: Bases,
+    *,
+    storage: Storage = IN_MEMORY,
+    progress: bool = True,
 ) -> Bases:
     """Re-fit what the readers make of the sliced stream to what they read in the dense model.
 
@@ -122,58 +147,65 @@ def refit_readers(
     Args: as :func:`find_bases`, with the bases it returned for the same calibration.
     """
     plan, centered, full = bases.plan, architecture_of(model).centered, bases.plan.full_width
-    readers = []
+    readers, sliced = storage.tensors("readers"), storage.states("sliced")
     with evaluating(model):
-        stream = enter(model, calibration, at_least=max(plan.widths))
-        sliced = list(stream.states)
-        for site, stop in enumerate(tqdm(stops(model), desc="re-fitting", unit="site", disable=not progress)):
-            basis = bases.matrices[plan.groups[site]]
+        stream = enter(model, calibration, storage, at_least=max(plan.widths))
+        if not sliced:
+            sliced.extend(stream.states)
+        for stop in visit(model, storage, "re-fitting", progress=progress):
+            basis = bases.basis(stop.site)
             eps, factor = norm_eps(stop.norm), basis.to(model.dtype)
             gram = torch.zeros(len(basis.T), len(basis.T), dtype=torch.float64, device=basis.device)
             cross = torch.zeros(len(basis.T), full, dtype=torch.float64, device=basis.device)
             for i, mask in enumerate(stream.counted):
+                dense, narrow = stream.states[i], sliced[i]
                 if centered:
-                    stream.states[i], sliced[i] = _centred(stream.states[i]), _centred(sliced[i])
-                sliced[i] = sliced[i] @ factor
-                x = (sliced[i] * rstd(sliced[i], full, eps)).flatten(0, 1)[mask]
-                y = (stream.states[i] * rstd(stream.states[i], full, eps)).flatten(0, 1)[mask]
+                    dense = stream.states[i] = _centred(dense)
+                    narrow = _centred(narrow)
+                narrow = sliced[i] = narrow @ factor
+                x = (narrow * rstd(narrow, full, eps)).flatten(0, 1)[mask]
+                y = (dense * rstd(dense, full, eps)).flatten(0, 1)[mask]
                 gram += x.T @ x  # fp32 within a batch: the damping is far above its rounding
                 cross += x.T @ y
             damping = REFIT_DAMPING * gram.diagonal().mean()
             gram.diagonal().add_(damping)
-            readers.append(torch.linalg.solve(gram, cross + damping * basis.T).T.contiguous())
+            fitted = torch.linalg.solve(gram, cross + damping * basis.T)
+            readers.append(fitted.T.contiguous())
             if stop.layer is None or stop.sublayer is None:
-                break
-            fitted = readers[-1].T.to(model.dtype)
+                continue
+            fitted = fitted.to(model.dtype)
             for i, arguments in enumerate(stream.layer_arguments):
-                normalised = normalise(stop.layer, stop.sublayer, stream.states[i])
+                dense, narrow = stream.states[i], sliced[i]
+                normalised = normalise(stop.layer, stop.sublayer, dense)
                 output, _ = run_sublayer(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
-                stream.states[i] = stream.states[i] + output
-                estimate = (sliced[i] * rstd(sliced[i], full, eps)).to(model.dtype) @ fitted
+                stream.states[i] = dense + output
+                estimate = (narrow * rstd(narrow, full, eps)).to(model.dtype) @ fitted
                 normalised = {norm: _affine(at(stop.layer, norm), estimate) for norm in normalised}
                 output, _ = run_sublayer(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
-                sliced[i] = sliced[i] @ factor.T + output
-    return replace(bases, readers=tuple(readers))
+                sliced[i] = narrow @ factor.T + output
+    return replace(bases, readers=readers)
 
 
-def align(bases: Bases) -> Bases:
+def align(bases: Bases, *, storage: Storage = IN_MEMORY) -> Bases:
     """Rotate each basis inside its span so that shortcuts become the identity minus a low rank.
 
     With ``Q^T Q' = U S V^T`` the next basis becomes ``Q' V U^T`` (``U`` extended by the identity where the stream
     widens): the same span, hence the same model, and the shortcut ``U S U^T = I - U (I - S) U^T``, padded with zeros.
     """
     plan = bases.plan
-    matrices, readers = list(bases.matrices), list(bases.readers)
-    for site in range(len(plan.groups) - 1):
-        if not plan.has_shortcut(site) or plan.rank(site) is None:
-            continue
-        group, width = plan.groups[site + 1], plan.widths[site]
-        left, _, right = torch.linalg.svd(matrices[plan.groups[site]].T @ matrices[group], full_matrices=True)
-        turn = right.T.clone()
-        turn[:, :width] = right.T[:, :width] @ left.T
-        matrices[group] = matrices[group] @ turn
-        readers = [reader @ turn if plan.groups[i] == group else reader for i, reader in enumerate(readers)]
-    return replace(bases, matrices=tuple(matrices), readers=tuple(readers))
+    matrices, readers = storage.tensors("matrices"), storage.tensors("readers")
+    for group in storage.steps(len(bases.matrices)):
+        matrix, turn = bases.matrices[group], None
+        first = plan.groups.index(group)
+        if first > 0 and plan.rank(first - 1) is not None:
+            left, _, right = torch.linalg.svd(matrices[group - 1].T @ matrix, full_matrices=True)
+            width = plan.widths[first - 1]
+            turn = right.T.clone()
+            turn[:, :width] = right.T[:, :width] @ left.T
+        matrices.append(matrix if turn is None else matrix @ turn)
+        for site in range(first, first + plan.groups.count(group) if bases.readers else first):
+            readers.append(bases.readers[site] if turn is None else bases.readers[site] @ turn)
+    return replace(bases, matrices=matrices, readers=readers)
 
 
 def _affine(norm: Any, normalised: Tensor) -> Tensor:

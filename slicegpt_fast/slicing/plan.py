@@ -287,10 +287,6 @@ def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None
     if method is not None:
         raise InputError(f"the model is quantised ({method}): slice the unquantised model, then quantise the result.")
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise InputError(
-                f"{name} is on the meta device: load the model with its weights in memory, without offloading."
-            )
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"{name} has dtype {parameter.dtype}: load the model in float32, bfloat16 or float16.")
     for index, layer, sublayer in architecture.sites(model):

@@ -1,6 +1,8 @@
 """Turn a dense model into a sliced one: fold the norms' weights, rotate into the bases, keep the leading directions."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from slicegpt_fast.slicing.layers import narrow_, shortcut_name
 from slicegpt_fast.slicing.plan import check_plan
 
 
-@torch.no_grad()
 def apply_bases(model: PreTrainedModel, bases: Bases, *, progress: bool = True) -> PreTrainedModel:
     """Return a sliced copy of the dense ``model``; the dense model is left as it was.
 
@@ -26,34 +27,70 @@ def apply_bases(model: PreTrainedModel, bases: Bases, *, progress: bool = True) 
     Raises:
         InputError: the bases belong to a model of another size.
     """
-    architecture = architecture_of(model)
-    plan = bases.plan
-    check_plan(plan, model)
-    basis = [bases.matrices[group] for group in plan.groups]
-    writing = [matrix - matrix.mean(0) for matrix in basis] if architecture.centered else basis
-    # New modules around the dense model's own parameters: no weight exists twice, each is replaced by its narrow form.
-    sliced = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    narrow_(sliced, plan)
-    sliced.config.quantization_config = SliceConfig.from_bases(bases)
-
-    for path in architecture.embeddings:
-        table = at(model, path).weight
-        Weight(at(sliced, path)).matrix = _exact(table) @ writing[0].to(_exact(table))
-    pairs = zip(architecture.sites(model), architecture.sites(sliced), strict=True)
-    bar = tqdm(pairs, total=len(basis) - 1, desc="slicing", unit="site", disable=not progress)
-    for site, ((_, dense, sublayer), (_, narrow, _)) in enumerate(bar):
-        for branch in sublayer.branches:
-            norm = at(dense, branch.norm)
-            for source, target in zip(weights(dense, branch.readers), weights(narrow, branch.readers), strict=True):
-                _rotate_reader_(target, source, norm, bases.readers[site])
-            for source, target in zip(weights(dense, branch.writers), weights(narrow, branch.writers), strict=True):
-                _rotate_writer_(target, source, writing[site + 1])
-        if plan.has_shortcut(site):
-            _fill_shortcut_(at(narrow, shortcut_name(sublayer)), basis[site], basis[site + 1])
-    head, narrow_head = Weight(model.get_output_embeddings()), Weight(sliced.get_output_embeddings())
-    _rotate_reader_(narrow_head, head, at(model, architecture.final_norm), bases.readers[-1])
-    _unshare_(sliced, model)
+    sliced = outline(model, bases)
+    for _, rotate in tqdm(rotations(model, sliced, bases), desc="slicing", unit="part", disable=not progress):
+        rotate()
     return sliced
+
+
+def outline(model: PreTrainedModel, bases: Bases) -> PreTrainedModel:
+    """A copy of the dense ``model`` in the shape that ``bases`` give it, with all parameters on the meta device."""
+    check_plan(bases.plan, model)
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    sliced = copy.deepcopy(model, empty)
+    narrow_(sliced, bases.plan)
+    sliced.config.quantization_config = SliceConfig.from_bases(bases)
+    return sliced
+
+
+def parts(model: PreTrainedModel) -> list[tuple[str, ...]]:
+    """The parts that a model is rotated in, as paths of submodules: embeddings, each decoder layer, head."""
+    architecture = architecture_of(model)
+    layers = [(f"{architecture.layers}.{index}",) for index in range(len(at(model, architecture.layers)))]
+    head = next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
+    return [architecture.embeddings, *layers, (architecture.final_norm, head)]
+
+
+def rotations(
+    model: PreTrainedModel, sliced: PreTrainedModel, bases: Bases
+) -> list[tuple[tuple[str, ...], Callable[[], None]]]:
+    """The parts of a model, each with the call that fills it in the outline ``sliced``."""
+    architecture = architecture_of(model)
+    layers, head = at(model, architecture.layers), Weight(model.get_output_embeddings())
+
+    def writing(site: int) -> Tensor:
+        basis = bases.basis(site)
+        return basis - basis.mean(0) if architecture.centered else basis
+
+    @torch.no_grad()
+    def rotate_embeddings() -> None:
+        for path in architecture.embeddings:
+            table = _exact(at(model, path).weight)
+            Weight(at(sliced, path)).matrix = table @ writing(0).to(table)
+
+    @torch.no_grad()
+    def rotate_layer(index: int) -> None:
+        dense, narrow = layers[index], at(sliced, architecture.layers)[index]
+        for site, sublayer in enumerate(architecture.sublayers, index * len(architecture.sublayers)):
+            reader, writer = bases.reader(site), writing(site + 1)
+            for branch in sublayer.branches:
+                norm = at(dense, branch.norm)
+                for source, target in zip(weights(dense, branch.readers), weights(narrow, branch.readers), strict=True):
+                    _rotate_reader_(target, source, norm, reader)
+                for source, target in zip(weights(dense, branch.writers), weights(narrow, branch.writers), strict=True):
+                    _rotate_writer_(target, source, writer)
+            if bases.plan.has_shortcut(site):
+                _fill_shortcut_(at(narrow, shortcut_name(sublayer)), bases.basis(site), bases.basis(site + 1))
+        _copy_rest_(narrow, dense)
+
+    @torch.no_grad()
+    def rotate_head() -> None:
+        target = Weight(sliced.get_output_embeddings())
+        _rotate_reader_(target, head, at(model, architecture.final_norm), bases.reader(len(bases.plan.groups) - 1))
+        _copy_rest_(target.owner, head.owner)
+
+    layer_calls = [partial(rotate_layer, index) for index in range(len(layers))]
+    return list(zip(parts(model), [rotate_embeddings, *layer_calls, rotate_head], strict=True))
 
 
 def _exact(weight: Tensor) -> Tensor:
@@ -94,11 +131,10 @@ def _fill_shortcut_(shortcut: Any, basis: Tensor, following: Tensor) -> None:
         Weight(shortcut.up).matrix = vectors[:, -rank:] * values[-rank:]
 
 
-def _unshare_(sliced: nn.Module, model: nn.Module) -> None:
-    """Copy the parameters that slicing leaves alone, so that the two models share nothing."""
-    dense = {id(parameter) for parameter in model.parameters()}
-    for module in sliced.modules():
+def _copy_rest_(narrow: nn.Module, dense: nn.Module) -> None:
+    """Copy the parameters that slicing leaves alone: those that are still empty."""
+    for path, module in narrow.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in dense:
-                copied = nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad)
-                module.register_parameter(name, copied)
+            if parameter.is_meta:
+                copied = at(dense, path).get_parameter(name).detach().clone()
+                module.register_parameter(name, nn.Parameter(copied, parameter.requires_grad))

@@ -1,17 +1,20 @@
 """Calibration tokens on their way through the dense model, one norm site at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Sublayer, architecture_of, at
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.slicing.storage import Storage
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -27,7 +30,7 @@ class Stream:
         tokens: how many positions count.
     """
 
-    states: list[Tensor]
+    states: MutableSequence[Tensor]
     counted: list[Tensor]
     layer_arguments: list[list[dict[str, Any]]]
     tokens: int
@@ -35,11 +38,20 @@ class Stream:
 
 @dataclass(frozen=True)
 class Stop:
-    """A norm site: the path of the norm the stream enters next, and the sublayer behind it (none at the final norm)."""
+    """A norm site: the norm the stream enters next, and the sublayer behind it (none at the final norm).
 
+    Attributes:
+        site: counts the sites.
+        index: counts the decoder layers; the final norm comes after the last.
+        part: the path of the decoder layer, or of the final norm.
+        path: the path of the norm.
+    """
+
+    site: int
+    index: int
+    part: str
     path: str
     norm: nn.Module
-    index: int = -1
     layer: nn.Module | None = None
     sublayer: Sublayer | None = None
 
@@ -48,10 +60,23 @@ def stops(model: PreTrainedModel) -> list[Stop]:
     """The norm sites of a model in the stream's order."""
     architecture = architecture_of(model)
     found = []
-    for index, layer, sublayer in architecture.sites(model):
-        norm = sublayer.branches[0].norm
-        found.append(Stop(f"{architecture.layers}.{index}.{norm}", at(layer, norm), index, layer, sublayer))
-    return [*found, Stop(architecture.final_norm, at(model, architecture.final_norm))]
+    for site, (index, layer, sublayer) in enumerate(architecture.sites(model)):
+        part, norm = f"{architecture.layers}.{index}", sublayer.branches[0].norm
+        found.append(Stop(site, index, part, f"{part}.{norm}", at(layer, norm), layer, sublayer))
+    final = architecture.final_norm
+    return [*found, Stop(len(found), found[-1].index + 1, final, final, at(model, final))]
+
+
+def visit(model: PreTrainedModel, storage: Storage, description: str, *, progress: bool) -> Iterator[Stop]:
+    """Yield the norm sites in the stream's order that are left to visit, each while its layer is in memory."""
+    layers = [list(sites) for _, sites in groupby(stops(model), key=lambda stop: stop.index)]
+    with tqdm(total=sum(map(len, layers)), desc=description, unit="site", disable=not progress) as bar:
+        for index in storage.steps(len(layers)):
+            with storage.loaded(layers[index][0].part):
+                for stop in layers[index]:
+                    bar.update(stop.site - bar.n)
+                    yield stop
+                    bar.update()
 
 
 @contextmanager
@@ -65,25 +90,43 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def enter(model: PreTrainedModel, calibration: Iterable[Batch], *, at_least: int) -> Stream:
+def enter(model: PreTrainedModel, calibration: Iterable[Batch], storage: Storage, *, at_least: int) -> Stream:
     """Embed the calibration batches.
 
     Raises:
         InputError: a malformed batch, token ids beyond the vocabulary, or fewer than ``at_least`` tokens.
     """
     architecture = architecture_of(model)
-    device = at(model, architecture.embeddings[0]).weight.device
-    batches = [_checked(batch, index, model.config.vocab_size, device) for index, batch in enumerate(calibration)]
-    counted = [batch["attention_mask"].bool().flatten() for batch in batches]
-    tokens = sum(int(mask.sum()) for mask in counted)
-    if tokens < at_least:
-        raise InputError(
-            f"calibration has {tokens} tokens, but a basis of {at_least} directions needs at least as many: give more "
-            "text."
-        )
+    storage.check(model)
     layers = list(at(model, architecture.layers).children())
-    states, layer_arguments = map(list, zip(*(_embed(model, layers, batch) for batch in batches), strict=True))
+    with storage.loaded(*architecture.embeddings, architecture.final_norm):
+        device = at(model, architecture.embeddings[0]).weight.device
+        batches = checked(calibration, model.config.vocab_size, device)
+        counted = [batch["attention_mask"].bool().flatten() for batch in batches]
+        tokens = sum(int(mask.sum()) for mask in counted)
+        if tokens < at_least:
+            raise InputError(
+                f"calibration has {tokens} tokens, but a basis of {at_least} directions needs at least as many: give "
+                "more text."
+            )
+        states, layer_arguments = storage.states("stream"), []
+        by_mask: dict[Any, list[dict[str, Any]]] = {}  # equally padded batches share the tensors of their arguments
+        for index, batch in enumerate(batches if not storage.finished else []):
+            state, arguments = _embed(model, layers, batch)
+            if index == len(states):
+                states.append(state)
+            mask = batch["attention_mask"]
+            layer_arguments.append(by_mask.setdefault((mask.shape, mask.cpu().numpy().tobytes()), arguments))
     return Stream(states, counted, layer_arguments, tokens)
+
+
+def checked(calibration: Iterable[Batch], vocab_size: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """The calibration batches as ``input_ids`` and ``attention_mask``, both [B, T], on the device.
+
+    Raises:
+        InputError: a malformed batch, or token ids beyond the vocabulary.
+    """
+    return [_checked(batch, index, vocab_size, device) for index, batch in enumerate(calibration)]
 
 
 def _checked(batch: Batch, index: int, vocab_size: int, device: torch.device) -> dict[str, Tensor]:

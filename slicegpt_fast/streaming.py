@@ -1,0 +1,264 @@
+"""Slice checkpoints that are larger than memory: one decoder layer at a time, from file to file.
+
+The steps are those of :func:`slicegpt_fast.slice_model`, and so are the resulting weights, to the bit. A layer is read
+when the calibration tokens reach it and forgotten when they have passed; the activations stay on the device, in host
+memory or in files, by what fits. A run that was killed goes on from the last layer it finished.
+"""
+
+import fcntl
+import hashlib
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from slicegpt_fast.architectures import architecture_of, at
+from slicegpt_fast.checkpoint import check_writable, from_pretrained
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.ops.covariance import ROWS_PER_STEP
+from slicegpt_fast.slicing import Bases, SlicePlan, first_plan, fit_bases, slice_model
+from slicegpt_fast.slicing.plan import TILE, check_choice
+from slicegpt_fast.slicing.rotation import outline, parts, rotations
+from slicegpt_fast.slicing.shards import INDEX, Shards, empty_model
+from slicegpt_fast.slicing.storage import FolderStorage, write_json
+from slicegpt_fast.slicing.stream import Batch, checked
+
+Activations = Literal["auto", "device", "memory", "disk"]
+OVERHEAD = 2**24  # the model's modules without weights, and what libraries allocate once
+FREE_SHARE = 0.9  # of free memory that activations may fill
+
+
+def slice_checkpoint(
+    source: str | Path,
+    folder: str | Path,
+    calibration: Iterable[Batch],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    activations: Activations = "auto",
+    progress: bool = True,
+    **arguments: Any,
+) -> Bases:
+    """Slice the checkpoint in ``source`` into ``folder`` with no more than one decoder layer in memory.
+
+    The weights are those that ``save_model(slice_model(load_model(source), ...), folder)`` writes. Until they are
+    complete they stand in a work folder beside ``folder``; the same call, after it was killed, goes on from there. To
+    know that nothing has changed since, every call hashes the checkpoint's files.
+
+    Args:
+        source: a local folder with a dense model in safetensors.
+        folder: does not exist yet, or is empty.
+        calibration: token batches, as for :func:`slicegpt_fast.slice_model`.
+        tokenizer: saved beside the model.
+        dtype: of the weights; by default the checkpoint's own.
+        device: where layers are run and rotated; by default a GPU if there is one.
+        activations: where they are kept between two layers: on the ``"device"``, in host ``"memory"``, on ``"disk"``;
+            ``"auto"`` takes the first that they fit into.
+        progress: say what will be needed, and show progress bars.
+        arguments: all others of :func:`slicegpt_fast.slice_model`.
+
+    Returns:
+        The bases, with their plan and spectra but without their matrices.
+
+    Raises:
+        InputError: as :func:`slicegpt_fast.slice_model`; a damaged checkpoint, a folder in use, too little disk; or an
+            unfinished run with other options, another model or other text stands in the work folder.
+    """
+    folder = Path(folder).expanduser().absolute()
+    check_writable(folder)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = _options(arguments, device)
+    config, checkpoint = from_pretrained(AutoConfig, source, {}), Path(source).expanduser()
+    architecture_of(config)  # refuses what cannot be sliced
+    model = empty_model(checkpoint, config, dtype=dtype)
+    batches = checked(calibration, config.vocab_size, torch.device("cpu"))
+    plan_options = {name: value for name, value in options.items() if name not in ("schedule", "refit")}
+    plan = first_plan(model, options["schedule"], plan_options)
+    shards = Shards(checkpoint, model, device)
+    needs = estimate(model, plan, batches, options)
+    place = _place(activations, device, needs)
+    work = folder.with_name(f".{folder.name}.unfinished")
+    if progress:
+        kept = f"on {place}" if place else "on disk"
+        tqdm.write(f"{source} {needs}; activations are kept {kept}, unfinished work in {work}", file=sys.stderr)
+    settings = options | {"dtype": str(model.dtype), "device": device.type} | _identity(shards, batches)
+    with _work_folder(work, settings, needs.disk):
+        storage = FolderStorage(work, shards, place)
+        bases = fit_bases(model, batches, storage=storage, progress=progress, **options)
+        _write(shards, bases, work / "model", progress=progress)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work / "model")
+        (work / "model").replace(folder)
+    return replace(bases, matrices=(), readers=())
+
+
+def _options(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The arguments of slice_model that choose its result, with its defaults."""
+    bound = inspect.signature(slice_model).bind(None, None, **arguments)
+    bound.apply_defaults()
+    options = {name: bound.arguments[name] for name in list(bound.arguments)[2:] if name != "progress"}
+    if options["round_to"] == "auto":
+        options["round_to"] = TILE.get(device.type, TILE["cpu"])
+    return options | {"widths": None if options["widths"] is None else list(options["widths"])}
+
+
+def _write(shards: Shards, bases: Bases, folder: Path, *, progress: bool) -> None:
+    """Rotate part after part, each into a file of its own; what is there already was written by an earlier process."""
+    folder.mkdir(exist_ok=True)
+    model, sliced = shards.model, outline(shards.model, bases)
+    weight_map, size = {}, 0
+    calls = rotations(model, sliced, bases)
+    for number, (paths, rotate) in enumerate(tqdm(calls, desc="slicing", unit="part", disable=not progress), 1):
+        file = folder / f"model-{number:05}-of-{len(calls):05}.safetensors"
+        if not file.exists():
+            with shards.loaded(*paths):
+                rotate()
+            filled = (at(sliced, path).state_dict(prefix=f"{path}.") for path in paths)
+            tensors = revert_weight_conversion(sliced, {name: each for part in filled for name, each in part.items()})
+            beside = file.with_suffix(".partial")
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
+            beside.replace(file)
+            for path in paths:
+                at(sliced, path).to("meta")
+        with safe_open(file, "pt") as stored:
+            weight_map.update(dict.fromkeys(stored.keys(), file.name))
+        size += file.stat().st_size
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    sliced.config.architectures = [type(sliced).__name__]
+    sliced.config.save_pretrained(folder)
+    if sliced.can_generate():
+        sliced.generation_config.save_pretrained(folder)
+
+
+@contextmanager
+def _work_folder(work: Path, settings: dict[str, Any], size: int) -> Iterator[None]:
+    """Hold the folder of an unfinished run, new or of the same settings; on success or bad input it is deleted."""
+    record = work / "settings.json"
+    if record.exists():
+        _compare(json.loads(record.read_text()), settings, work)
+    else:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(work.parent).free
+        if free < size:
+            raise InputError(
+                f"{work} needs up to {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free: make room first."
+            )
+        work.mkdir(exist_ok=True)
+        write_json(record, settings)
+    with record.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is working in {work}: wait for it or end it.") from None
+        try:
+            yield
+        except InputError:
+            shutil.rmtree(work)  # to go on would meet the same again
+            raise
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"slicing stopped ({error}): put that right, the same command goes on from {work}."
+            ) from error
+        shutil.rmtree(work)
+
+
+def _compare(there: dict[str, Any], here: dict[str, Any], work: Path) -> None:
+    differing = []
+    for name in there | here:
+        values = f" ({there.get(name)} there, {here.get(name)} now)"
+        if there.get(name) != here.get(name):
+            differing.append(name + (values if len(values) < 64 else ""))  # hashes say nothing to a reader
+    if differing:
+        raise InputError(
+            f"{work} holds an unfinished run that differs in {', '.join(differing)}: repeat its command to go on, or "
+            "delete the folder to start anew."
+        )
+
+
+def _identity(shards: Shards, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+    """What the result depends on beside the options: the model's files and the text, by hash, and versions."""
+    identity = {name: version(name) for name in ("torch", "transformers")}
+    for file in (shards.files[0].with_name("config.json"), *shards.files):
+        with file.open("rb") as content:
+            identity[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    text = hashlib.sha256()
+    for batch in batches:
+        for tensor in batch.values():
+            text.update(str(tensor.shape).encode() + tensor.long().numpy().tobytes())
+    return identity | {"calibration text": text.hexdigest()}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What slicing a checkpoint takes, in bytes, estimated from above.
+
+    Attributes:
+        working: memory of the device at the worst moment, activations aside: one layer and what is made of it.
+        activations: of all calibration tokens between two layers.
+        disk: the work folder, with the sliced model in it.
+    """
+
+    working: int
+    activations: int
+    disk: int
+
+    def __str__(self) -> str:
+        working, activations, disk = (f"{size / 1e9:.2f} GB" for size in (self.working, self.activations, self.disk))
+        return f"needs up to {working} of memory, {activations} for activations and {disk} of disk"
+
+
+def estimate(
+    model: PreTrainedModel, plan: SlicePlan, batches: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]
+) -> Needs:
+    """What slicing ``model`` (its weights may be on the meta device) needs with the options of ``slice_model``."""
+    full, element = plan.full_width, model.dtype.itemsize
+    square = full * full * 8  # an fp64 matrix [D, D]
+    exact = 4 if element == 2 else 8  # what weights are rotated in
+    weights = [[each for path in paths for each in at(model, path).parameters()] for paths in parts(model)]
+    sizes = [[each.numel() for each in part] for part in weights]
+    longest = max((batch["input_ids"].numel() for batch in batches), default=0)
+    widest = max(max(each.shape[-2:]) for part in weights[1:-1] for each in part)
+    batch = longest * (8 * full + 4 * widest) * max(element, 4) + 2 * min(longest, ROWS_PER_STEP) * full * 8
+    calibrating = max(map(sum, sizes)) * element + 6 * square + batch
+    rotating = max(2 * sum(part) * element + 3 * max(part) * exact for part in sizes) + 4 * square
+
+    streams = 2 if options["refit"] else 1
+    activations = streams * sum(batch["input_ids"].numel() for batch in batches) * full * element
+    variance, aligned = options["schedule"] == "variance", plan.shortcut == "aligned"
+    kept = len(set(plan.groups)) * (1 + variance + aligned) + len(plan.groups) * options["refit"] * (1 + aligned)
+    sites = range(len(plan.groups) - 1)
+    stored = sum(map(sum, sizes)) + sum(plan.shortcut_parameters(site) for site in sites)
+    return Needs(
+        working=max(calibrating, rotating) + OVERHEAD,
+        activations=activations,
+        disk=2 * activations + (kept + 2) * square + stored * element,  # twice: of the last layer and the next
+    )
+
+
+def _place(activations: Activations, device: torch.device, needs: Needs) -> torch.device | None:
+    """Where the activations are kept, None for files: by default the first of the places that they fit into."""
+    host = torch.device("cpu")
+    check_choice("activations", activations, Activations)
+    if activations != "auto":
+        return {"device": device, "memory": host}.get(activations)
+    for place in dict.fromkeys((device, host)):
+        free = psutil.virtual_memory().available if place == host else torch.cuda.mem_get_info(place)[0]
+        if needs.activations + (needs.working if place == device else 0) < FREE_SHARE * free:
+            return place
+    return None
