@@ -17,7 +17,7 @@ from slicegpt_fast.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from slicegpt_fast.search import Trial
 
@@ -135,6 +135,7 @@ def quickstart(
         "slicegpt-fast slice meta-llama/Llama-2-7b-hf --dataset wikitext2 --sparsity 0.25 --out llama-sliced",
         "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --basis shared --signal normalized --out small",
         "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --basis auto --out best",
+        "slicegpt-fast slice ./large-model --dataset c4 --sparsity 0.25 --stream --out large-sliced",
     ),
 )
 def slice_(
@@ -179,6 +180,15 @@ def slice_(
         str, typer.Option(metavar="N", help="Make kept sizes multiples of this; auto: of the device's tile.")
     ] = "8",
     slice_head: Annotated[bool, typer.Option("--slice-head", help="Slice the head too; shared always does.")] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Slice a local checkpoint from file to file with one layer in memory, for models larger than memory; "
+            "killed, the same command goes on.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = None,
@@ -197,12 +207,16 @@ def slice_(
 
     Perplexity is measured on up to 16 sequences of the same text that follow those for calibration.
     """
+    import torch
+    from transformers import AutoConfig
+
     from slicegpt_fast.calibration import batched
-    from slicegpt_fast.checkpoint import check_writable, save_model
+    from slicegpt_fast.checkpoint import check_writable, from_pretrained, load_tokenizer, save_model
     from slicegpt_fast.evaluation import perplexity
     from slicegpt_fast.report import (
         Row,
         comparison,
+        describe,
         plan_title,
         plot_spectra,
         plot_trade_off,
@@ -212,6 +226,7 @@ def slice_(
     )
     from slicegpt_fast.search import try_plans
     from slicegpt_fast.slicing import apply_bases, fit_bases
+    from slicegpt_fast.streaming import slice_checkpoint
 
     check_writable(out)
     if (sparsity is None) == (target_params is None):
@@ -219,12 +234,7 @@ def slice_(
     if basis == "auto" and target_params is None:
         raise InputError("--basis auto compares plans of one size: give it as --target-params.")
     documents = _documents(text, dataset, "calibration", split)
-    dense, tokenizer = _load(model, dtype, device)
-    windows = _windows(dense, tokenizer, documents, length, sequences, seed)
-    calibration, held_out = windows[:sequences], windows[sequences : sequences + HELD_OUT]
-
     progress = errors.is_terminal
-    trials: list[Trial] = []
     arguments: dict[str, Any] = {
         "basis": int(basis) if basis.isdigit() else basis,
         "signal": signal,
@@ -234,6 +244,25 @@ def slice_(
         "refit": refit,
         "slice_head": slice_head,
     }
+    step = int(round_to) if round_to.isdigit() else round_to
+    size: dict[str, Any] = {"sparsity": sparsity, "target_params": target_params, "round_to": step}
+    if stream:
+        if basis == "auto":
+            raise InputError("--basis auto compares whole models in memory: choose a basis, or leave out --stream.")
+        config, tokenizer = from_pretrained(AutoConfig, model, {}), load_tokenizer(model)
+        calibration = _windows(config, tokenizer, documents, length, sequences, seed)[:sequences]
+        place, kind = _device(device), getattr(torch, dtype) if dtype else None
+        bases = slice_checkpoint(
+            model, out, batched(calibration), tokenizer=tokenizer, dtype=kind, device=place, **arguments, **size
+        )
+        plot_spectra(bases, out / "spectra.png")
+        console.print(_facts(describe(str(out))))
+        return
+
+    dense, tokenizer = _load(model, dtype, device)
+    windows = _windows(dense.config, tokenizer, documents, length, sequences, seed)
+    calibration, held_out = windows[:sequences], windows[sequences : sequences + HELD_OUT]
+    trials: list[Trial] = []
     if basis == "auto":
         part = max(1, sequences // TRIED)
         trials = try_plans(
@@ -245,9 +274,7 @@ def slice_(
         )
         console.print(trial_table(trials, f"of {sequences} sequences, {part} were held out to compare the plans"))
         arguments = trials[0].arguments
-    arguments |= {"sparsity": sparsity, "target_params": target_params}
-    arguments["round_to"] = int(round_to) if round_to.isdigit() else round_to
-    bases = fit_bases(dense, batched(calibration), progress=progress, **arguments)
+    bases = fit_bases(dense, batched(calibration), progress=progress, **arguments | size)
     sliced = apply_bases(dense, bases, progress=progress)
     rows, notes = size_rows(dense, sliced), size_notes(dense)
     if len(held_out):
@@ -279,7 +306,7 @@ def evaluate(
     dataset: DatasetName = None,
     split: Split = None,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many sequences. Default: all.")
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N. Default: all.", rich_help_panel=TEXT)
     ] = None,
     length: Length = 2048,
     dtype: Dtype = None,
@@ -291,7 +318,7 @@ def evaluate(
 
     documents = _documents(text, dataset, "evaluation", split)
     loaded, tokenizer = _load(model, dtype, device)
-    windows = _windows(loaded, tokenizer, documents, length, sequences or 1)[:sequences]
+    windows = _windows(loaded.config, tokenizer, documents, length, sequences or 1)[:sequences]
     value = perplexity(loaded, batched(windows), progress=errors.is_terminal)
     console.print(f"perplexity {value:.4f} ({len(windows)} sequences of {length} tokens, {loaded.dtype})")
 
@@ -359,10 +386,7 @@ def info(
             listing.add_row(*row.values())
         console.print(listing)
         return
-    table = Table(show_header=False)
-    for label, value in (_installation() if model is None else describe(model)).items():
-        table.add_row(label, value)
-    console.print(table)
+    console.print(_facts(_installation() if model is None else describe(model)))
 
 
 @app.command(epilog=examples("slicegpt-fast tune llama-sliced", "slicegpt-fast tune llama-sliced --rows 1 --rows 2048"))
@@ -399,6 +423,13 @@ def tune(
         for measured in tune(shapes, getattr(torch, dtype)):
             listing.add_row(str(measured.shape), f"{measured.kernel_us:.1f}", f"{measured.reference_us:.1f}")
     console.print(listing)
+
+
+def _facts(facts: dict[str, str]) -> Table:
+    table = Table(show_header=False)
+    for label, value in facts.items():
+        table.add_row(label, value)
+    return table
 
 
 def _device(name: str | None) -> str:
@@ -440,7 +471,7 @@ def _documents(
 
 
 def _windows(
-    model: "PreTrainedModel",
+    config: "PreTrainedConfig",
     tokenizer: "PreTrainedTokenizerBase",
     documents: list[str],
     length: int,
@@ -449,7 +480,7 @@ def _windows(
 ) -> "Tensor":
     from slicegpt_fast.calibration import join_documents, token_windows
 
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
     if positions and length > positions:
         raise InputError(f"--length {length} is more than the model's {positions} positions: lower it.")
     return token_windows(tokenizer, join_documents(documents, seed), length, count=count)
