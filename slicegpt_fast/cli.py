@@ -126,7 +126,7 @@ def quickstart(
     """
     from slicegpt_fast import quickstart as first
 
-    first.run(model, text or [], target_params, out, device or _best_device(), errors.is_terminal, console)
+    first.run(model, text or [], target_params, out, _device(device), errors.is_terminal, console)
 
 
 @app.command(
@@ -401,10 +401,17 @@ def tune(
     console.print(listing)
 
 
-def _best_device() -> str:
+def _device(name: str | None) -> str:
+    """The device asked for, if it is there; by default the best one."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0].rstrip('.')}.") from error
+    return name
 
 
 def _load(source: str, dtype: str | None, device: str | None) -> tuple[Any, "PreTrainedTokenizerBase"]:
@@ -413,12 +420,9 @@ def _load(source: str, dtype: str | None, device: str | None) -> tuple[Any, "Pre
 
     from slicegpt_fast.checkpoint import load_model, load_tokenizer
 
-    tokenizer = load_tokenizer(source)
+    place, tokenizer = _device(device), load_tokenizer(source)
     model: Any = load_model(source, dtype=getattr(torch, dtype) if dtype else None)
-    try:
-        return model.to(device or _best_device()), tokenizer
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
-        raise InputError(f"--device {device} cannot be used: {str(error).splitlines()[0].rstrip('.')}.") from error
+    return model.to(place), tokenizer
 
 
 def _documents(
@@ -464,7 +468,7 @@ def _installation() -> dict[str, str]:
         "CUDA kernels": f"for {', '.join(build.cuda_archs)}" if build.cuda_archs else "not built",
         "CPU kernels": cpu_isa(),
         "CPU features": " ".join(cpu_features()),
-        "device": _best_device(),
+        "device": _device(None),
     }
 
 

@@ -17,8 +17,8 @@ RANK_SHARE = 16  # truncated shortcuts keep a rank of D / 16
 
 PLANS: dict[str, dict[str, Any]] = {
     "per-norm, dense shortcuts": {"basis": "per-norm", "signal": "raw"},
-    "per-norm, aligned shortcuts": {"basis": "per-norm", "signal": "normalized", "shortcut": "aligned"},
-    "per-norm, aligned, rank D/16": {"basis": "per-norm", "signal": "normalized", "shortcut": "aligned", "rank": True},
+    "per-norm, aligned shortcuts": {"basis": "per-norm", "signal": "raw", "shortcut": "aligned"},
+    "per-norm, aligned, rank D/16": {"basis": "per-norm", "signal": "raw", "shortcut": "aligned", "rank": True},
     "4 groups, aligned shortcuts": {"basis": 4, "signal": "normalized", "shortcut": "aligned"},
     "shared": {"basis": "shared", "signal": "normalized"},
     "shared, re-fitted": {"basis": "shared", "signal": "normalized", "refit": True},
