@@ -210,7 +210,7 @@ print(peak - before)
 
 
 def run_program(*arguments, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is returned
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
 

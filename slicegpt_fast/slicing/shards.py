@@ -1,6 +1,7 @@
 """A checkpoint's safetensors files, read one part of the model at a time."""
 
 import copy
+import ctypes
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -68,6 +69,7 @@ class Shards:
     @contextmanager
     def loaded(self, *parts: str) -> Iterator[None]:
         """Inside, the parameters of the submodules at these paths hold the checkpoint's weights."""
+        _return_freed_memory()
         empty = {
             name: parameter
             for part in parts
@@ -133,6 +135,13 @@ def _sources(model: PreTrainedModel, stored: dict[str, list[int]]) -> dict[str, 
                 "not belong together."
             )
     return sources
+
+
+def _return_freed_memory() -> None:
+    """Give the system what the C library keeps of freed memory: scattered, it would grow with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc
+        trim(0)
 
 
 def _counting(name: str) -> list[tuple[int, str]]:
