@@ -133,18 +133,38 @@ def test_flops_of_a_dense_and_a_sliced_llama():
     assert flops_per_token(sliced) == 2 * (3 * (attention + mlp) // 2 + last + shortcuts + VOCABULARY * 48)
 
 
-LINEAR = ("aten.mm", "aten.addmm")  # attention scores are of other kinds
+@torch.no_grad()
+def counted_by_torch(model) -> int:
+    """FLOPs of one token's linear layers; attention scores are matmuls of other kinds."""
+    with FlopCounterMode(display=False) as counter:
+        model(tokens(1, 1))
+    return sum(
+        flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm")
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_are_those_that_torch_counts(family):
     model = tiny_model(family)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(tokens(1, 1))
-    linear = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op) in LINEAR)
     # torch counts no grouped matmul, so experts are added: layers with experts, 2 of 4 used, gate, up and down.
     experts = {"mixtral": 3 * 2 * 3 * 48 * 80, "qwen3-moe": 1 * 2 * 3 * 48 * 40}.get(family, 0)
-    assert flops_per_token(model) == linear + 2 * experts
+    assert flops_per_token(model) == counted_by_torch(model) + 2 * experts
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        dict(),
+        dict(shortcut="aligned"),
+        dict(shortcut="aligned", shortcut_rank=3, slice_head=True),
+        dict(basis=2, refit=True),
+        dict(basis="shared"),
+    ],
+)
+def test_flops_of_every_plan_are_those_that_torch_counts(plan):
+    dense = tiny_model()
+    sliced = slice_model(dense, [tokens(4, 32)], sparsity=0.25, round_to=1, progress=False, **plan)
+    assert flops_per_token(sliced) == counted_by_torch(sliced) != flops_per_token(dense)
 
 
 def test_tokens_per_second_in_turn():
