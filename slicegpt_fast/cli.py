@@ -115,7 +115,7 @@ def quickstart(
     text: Text = None,
     target_params: Annotated[
         float, typer.Option(metavar="SHARE", help="Parameters to keep in the decoder blocks, as a share of the dense.")
-    ] = 0.9,
+    ] = 0.8,
     out: Out = Path("quickstart"),
     device: Device = None,
 ) -> None:

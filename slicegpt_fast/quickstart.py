@@ -26,12 +26,13 @@ from slicegpt_fast.checkpoint import check_writable, load_model, load_tokenizer,
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import perplexity, tokens_per_second
 from slicegpt_fast.report import Row, comparison, plan_title, plot_spectra, size_notes, size_rows
-from slicegpt_fast.slicing import apply_bases, find_bases, make_plan
+from slicegpt_fast.slicing import apply_bases, find_bases, fit_bases, make_plan
 
 LENGTH = 512
-CALIBRATION = 64  # windows; those after them are held out
+CALIBRATION = 24  # windows, the first of the text
+FIRST_HELD_OUT = 64
 HELD_OUT = 12  # windows
-SITES = 16  # windows for the spectra of the single sites, which are for the plot alone
+SITES = 8  # windows for the spectra of the single sites, which are for the plot alone
 CHARACTERS = 1_200_000  # of the text that are read
 PROMPT = "The history of astronomy begins with"
 NEW_TOKENS = 40
@@ -148,12 +149,12 @@ def run(
     dense, tokenizer = load_model(source), load_tokenizer(source)
     dense.to(device)  # type: ignore[arg-type]  # transformers' decorator hides self
     windows = token_windows(
-        tokenizer, join_documents(documents, seed=0)[:CHARACTERS], LENGTH, count=CALIBRATION + HELD_OUT
+        tokenizer, join_documents(documents, seed=0)[:CHARACTERS], LENGTH, count=FIRST_HELD_OUT + HELD_OUT
     )
-    calibration, held_out = windows[:CALIBRATION], windows[CALIBRATION : CALIBRATION + HELD_OUT]
+    calibration, held_out = windows[:CALIBRATION], windows[FIRST_HELD_OUT : FIRST_HELD_OUT + HELD_OUT]
 
-    plan = make_plan(dense, target_params=target_params, basis="shared", signal="normalized")
-    bases = find_bases(dense, batched(calibration), plan, progress=progress)
+    plan: dict[str, Any] = {"target_params": target_params, "basis": "shared", "signal": "normalized"}
+    bases = fit_bases(dense, batched(calibration), refit=True, progress=progress, **plan)
     sliced = apply_bases(dense, bases, progress=progress)
     uncut = make_plan(dense, sparsity=0, basis="per-norm", signal="normalized")
     sites = find_bases(dense, batched(calibration[:SITES]), uncut, progress=progress).spectra
@@ -174,7 +175,7 @@ def run(
         f"Speed: {dense.dtype} on {dense.device}, {torch.get_num_threads()} threads, one sequence, prompt of {LENGTH} "
         "tokens, both models in turn, medians; neither model is patched with fused kernels.",
     ]
-    console.print(comparison(plan_title(name, plan), rows, notes))
+    console.print(comparison(plan_title(name, bases.plan), rows, notes))
 
     for kind, each in (("dense", dense), ("sliced", sliced)):
         console.print(f"\n{kind}: {continuation(each, tokenizer, PROMPT)}")
