@@ -59,7 +59,7 @@ def markdown(results: dict) -> str:
         "|---|" + "---|" * len(BUDGETS),
     ]
     cells = {(row["plan"], row["budget"]): row for row in results["rows"]}
-    for name in PLANS:
+    for name in dict.fromkeys(name for name, _ in cells):
         row = [cells.get((name, budget), {}) for budget in BUDGETS]
         shown = [f"{cell['perplexity']:.1f} ({cell['width']})" if "perplexity" in cell else "–" for cell in row]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
