@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.slicing.stream import evaluating
 
 ROWS_PER_STEP = 256  # bounds the fp32 copy of the logits: 50 MB at a vocabulary of 49152
 
@@ -34,9 +35,7 @@ def perplexity(
         InputError: there is no token to score.
     """
     total, scored = 0.0, 0
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress):
             inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -47,8 +46,6 @@ def perplexity(
             targets = tokens[:, 1:].masked_fill(~keep, -100)
             total += _negative_log_likelihood(logits, targets)
             scored += int(keep.sum())
-    finally:
-        model.train(training)
     if not scored:
         raise InputError("there is no token to score: give a sequence of at least two tokens.")
     return torch.tensor(total / scored, dtype=torch.float64).exp().item()  # inf instead of an overflow error
