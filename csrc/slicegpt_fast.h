@@ -21,6 +21,13 @@ enum {
   SGF_UNKNOWN_CPU_ISA = -1,
 };
 
+// Element types.
+enum {
+  SGF_FLOAT32 = 0,
+  SGF_FLOAT16 = 1,
+  SGF_BFLOAT16 = 2,
+};
+
 // The sentence for a status, in static memory.
 const char* sgf_status_text(int status);
 
