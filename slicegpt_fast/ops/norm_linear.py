@@ -15,7 +15,7 @@ ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu_gate": lambda y: F.silu(y[:, 0::2]) * y[:, 1::2],
+    "silu_gate": lambda y: F.silu(y[:, : y.shape[1] // 2]) * y[:, y.shape[1] // 2 :],
 }
 
 
@@ -42,8 +42,8 @@ def norm_linear(
         eps: the norm's epsilon.
         full_width: D, the width that the norm divides by; the full one, also where ``h`` is sliced.
         sumsq: [M] fp32, each row's sum of squares; computed in the same pass where it is None.
-        activation: None, "relu", "gelu" (erf), "gelu_tanh", or "silu_gate": rows 2j and 2j+1 of ``weight`` are gate
-            and up row j (see ``interleave``), and column j of the result is silu(gate) * up.
+        activation: None, "relu", "gelu" (erf), "gelu_tanh", or "silu_gate": the first half of the scaled rows are the
+            gate's, the second half those of up, and column j of the result is silu(gate j) * up j.
         unscaled: rows at the end of ``weight`` that give plain ``h @ weight.T``.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -54,11 +54,6 @@ def norm_linear(
         InputError: an argument's shape, dtype or device does not fit, or the backend cannot run the call.
     """
     return OP(h, weight, bias, float(eps), full_width, sumsq, activation, unscaled, backend=backend)
-
-
-def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Rows of two [n, d] weights, or entries of two [n] biases, in turn: [2n, d] or [2n], as "silu_gate" expects."""
-    return torch.stack((gate, up), dim=1).flatten(0, 1)
 
 
 def reference(
@@ -109,7 +104,7 @@ def check(
     )
     require(
         activation != "silu_gate" or (n - unscaled) % 2 == 0,
-        f"argument weight has {n - unscaled} scaled rows; silu_gate needs gate and up rows in pairs.",
+        f"argument weight has {n - unscaled} scaled rows; silu_gate needs as many gate rows as up rows.",
     )
 
 

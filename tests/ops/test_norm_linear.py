@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops import norm_linear, use_backend
-from slicegpt_fast.ops.norm_linear import ACTIVATIONS, interleave, reference
+from slicegpt_fast.ops.norm_linear import ACTIVATIONS, reference
 
 EPS = 1e-5
 
@@ -112,11 +112,12 @@ def test_offsets_are_64_bit(M, device):
     )
 
 
-def test_interleave():
-    gate, up = torch.arange(6).reshape(3, 2), torch.arange(10, 16).reshape(3, 2)
-    packed = interleave(gate, up)
-    assert torch.equal(packed[0::2], gate)
-    assert torch.equal(packed[1::2], up)
+def test_silu_gate_takes_the_gate_rows_first():
+    h, gate, up = torch.randn(3, 4).double(), torch.randn(5, 4).double(), torch.randn(5, 4).double()
+    x = h * torch.rsqrt(h.square().mean(1, keepdim=True))
+    expected = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    y = norm_linear(h, torch.cat((gate, up)), None, 0.0, 4, activation="silu_gate", backend="reference")
+    torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize(
