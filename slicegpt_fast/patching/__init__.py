@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import architecture_of
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.ops.dispatch import BACKENDS, OPS, Request
+from slicegpt_fast.ops.dispatch import BACKENDS, OPS
 from slicegpt_fast.patching.head import FusedHead
-from slicegpt_fast.patching.layers import DTYPES, FusedLayer, FusedSublayer, NotFusable
+from slicegpt_fast.patching.layers import DTYPES, FusedLayer, FusedSublayer, NotFusable, Requests
 from slicegpt_fast.patching.report import PatchReport, Row
 
 __all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
@@ -25,18 +26,16 @@ class Patch:
     """What was done to a model; kept on the model."""
 
     options: tuple[str, tuple[str, ...], tuple[str, ...]]
-    layers: dict[str, FusedLayer] = field(default_factory=dict)
-    head: FusedHead | None = None
-    refusals: dict[str, str] = field(default_factory=dict)  # of the parts that stay as they are
+    parts: dict[str, FusedSublayer | FusedHead | str] = field(default_factory=dict)  # str: why it stays as it is
+    layers: list[FusedLayer] = field(default_factory=list)
 
     def forwards(self) -> Iterator[tuple[nn.Module, str, object]]:
         """Module, attribute and value of everything that is set on the model."""
-        for fused in self.layers.values():
-            for sublayer in fused.sublayers.values():
-                yield from ((module, "forward", forward) for module, forward in sublayer.forwards.items())
+        for part in self.parts.values():
+            if not isinstance(part, str):
+                yield from ((module, "forward", forward) for module, forward in part.forwards.items())
+        for fused in self.layers:
             yield fused.layer, fused.slot, fused.replacement
-        if self.head is not None:
-            yield self.head.linear, "forward", self.head.replacement
 
 
 def patch_model(
@@ -91,33 +90,24 @@ def patch_model(
             raise InputError(f"no part of the model is called {pattern!r}; the parts are {names[0]} ... {head_name}.")
 
     patch = Patch(options)
+    layers: dict[int, FusedLayer] = {}
     for name, (index, layer, sublayer) in zip(names, architecture.sites(model), strict=True):
-        layer_name = f"{architecture.layers}.{index}"
-        _check_devices(layer_name, layer)
-        try:
-            _require_chosen(name, options)
-            fused = FusedSublayer(layer, sublayer, backend)
-            _backends(fused.requests(), backend)
-        except NotFusable as reason:
-            patch.refusals[name] = str(reason)
-            continue
-        patch.layers.setdefault(layer_name, FusedLayer(layer, architecture)).sublayers[sublayer.name] = fused
-    try:
-        _require_chosen(head_name, options)
-        patch.head = FusedHead(head, backend)
-        _backends(patch.head.requests(), backend)
-    except NotFusable as reason:
-        patch.refusals[head_name] = str(reason)
+        _check_devices(f"{architecture.layers}.{index}", layer)
+        part = patch.parts[name] = _fused(name, options, partial(FusedSublayer, layer, sublayer))
+        if isinstance(part, FusedSublayer):
+            layers.setdefault(index, FusedLayer(layer, architecture)).sublayers[sublayer.name] = part
+    patch.parts[head_name] = _fused(head_name, options, partial(FusedHead, head))
+    patch.layers = list(layers.values())
 
     if not patch.layers:
-        message = f"nothing of the model was patched: {next(iter(patch.refusals.values()))}."
+        message = f"no decoder layer was patched: {next(filter(str, patch.parts.values()))}."
         if strict:
             raise InputError(message)
         warnings.warn(message, stacklevel=2)
     model._slicegpt_fast_patch = patch  # type: ignore[assignment]
     try:
-        for fused_layer in patch.layers.values():
-            fused_layer.pack()
+        for fused in patch.layers:
+            fused.pack()
         for module, attribute, forward in patch.forwards():
             setattr(module, attribute, forward)
     except BaseException:
@@ -139,7 +129,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     for module, attribute, forward in patch.forwards():
         if module.__dict__.get(attribute) == forward:
             delattr(module, attribute)
-    for fused in patch.layers.values():
+    for fused in patch.layers:
         fused.release()
     return model
 
@@ -153,40 +143,36 @@ def patch_report(model: PreTrainedModel) -> PatchReport:
     patch = _patch_of(model)
     if patch is None:
         raise InputError("the model is not patched: call patch_model first.")
-    architecture = architecture_of(model)
-    rows = []
-    for index, layer, sublayer in architecture.sites(model):
-        layer_name = f"{architecture.layers}.{index}"
-        name = f"{layer_name}.{sublayer.name}"
-        if name in patch.refusals:
-            rows.append(_unfused(name, patch.refusals[name]))
-            continue
-        fused = patch.layers[layer_name].sublayers[sublayer.name]
-        reason = "training mode" if layer.training else fused.changed()
-        rows.append(_row(name, fused.requests(), fused.copied_bytes, patch.options[0], reason))
-    if patch.head is not None:
-        name = next(name for name, module in model.named_modules() if module is patch.head.linear)
-        rows.append(replace(_row(name, patch.head.requests(), 0, patch.options[0], None), prefill="torch"))
-    rows += [
-        _unfused(name, reason) for name, reason in patch.refusals.items() if not name.startswith(architecture.layers)
-    ]
-    return PatchReport(tuple(rows))
+    return PatchReport(tuple(_row(name, part, patch.options[0]) for name, part in patch.parts.items()))
 
 
-def _row(name: str, requests: list[tuple[Request, Request]], copied: int, backend: str, reason: str | None) -> Row:
-    decode, prefill = _backends(requests, backend)
-    ops = " + ".join(request.op for request, _ in requests)
-    return _unfused(name, reason) if reason else Row(name, ops, decode, prefill, copied, None)
+def _row(name: str, part: FusedSublayer | FusedHead | str, backend: str) -> Row:
+    reason = part if isinstance(part, str) else "training mode" if part.module.training else part.changed()
+    if isinstance(part, str) or reason is not None:
+        return Row(name, "", "", "", 0, reason)
+    decode, prefill = _backends(part.requests(), backend)
+    return Row(name, " + ".join(request.op for request, _ in part.requests()), decode, prefill, part.copied_bytes, None)
 
 
-def _unfused(name: str, reason: str) -> Row:
-    return Row(name, "", "", "", 0, reason)
-
-
-def _backends(requests: list[tuple[Request, Request]], backend: str) -> tuple[str, ...]:
-    """The backends that serve a sublayer's ops in decode and in prefill."""
-    chosen = [[OPS[request.op].choose(backend, request) for request in pair] for pair in requests]
+def _backends(requests: Requests, backend: str) -> tuple[str, ...]:
+    """The backends that serve a part's ops in decode and in prefill."""
+    chosen = [[OPS[each.op].choose(backend, each) if each else "torch" for each in pair] for pair in requests]
     return tuple(" + ".join(dict.fromkeys(names)) for names in zip(*chosen, strict=True))
+
+
+def _fused(
+    name: str, options: tuple[str, tuple[str, ...], tuple[str, ...]], fuse: Callable[[str], FusedSublayer | FusedHead]
+) -> FusedSublayer | FusedHead | str:
+    """A part in its fused form, or why it stays as it is."""
+    backend, include, exclude = options
+    if not any(fnmatchcase(name, pattern) for pattern in include) or any(fnmatchcase(name, p) for p in exclude):
+        return "left out by include or exclude"
+    try:
+        part = fuse(backend)
+    except NotFusable as reason:
+        return str(reason)
+    _backends(part.requests(), backend)  # raises where the backend cannot run here
+    return part
 
 
 def _patch_of(model: PreTrainedModel) -> Patch | None:
@@ -197,12 +183,6 @@ def _patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
     if isinstance(patterns, str):
         raise InputError(f"argument {argument} is one string; pass a list of patterns.")
     return tuple(patterns)
-
-
-def _require_chosen(name: str, options: tuple[str, tuple[str, ...], tuple[str, ...]]) -> None:
-    _, include, exclude = options
-    if not any(fnmatchcase(name, pattern) for pattern in include) or any(fnmatchcase(name, p) for p in exclude):
-        raise NotFusable("left out by include or exclude")
 
 
 def _check_devices(name: str, layer: nn.Module) -> None:

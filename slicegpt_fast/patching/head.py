@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from slicegpt_fast.ops import norm_linear
-from slicegpt_fast.ops.dispatch import DECODE_ROWS, Request
-from slicegpt_fast.patching.layers import NotFusable, requests
+from slicegpt_fast.ops.dispatch import DECODE_ROWS
+from slicegpt_fast.patching.layers import Forward, NotFusable, Requests, requests
 
 
 class FusedHead:
@@ -22,18 +20,24 @@ class FusedHead:
         """
         if type(linear) is not nn.Linear or "forward" in linear.__dict__:
             raise NotFusable("it is no plain linear layer")
-        self.linear: nn.Linear = linear
+        self.module: nn.Linear = linear
         self.backend = backend
-        self.replacement: Callable[..., Tensor] = self.forward
+        self.forwards: dict[nn.Module, Forward] = {linear: self.forward}
+        self.copied_bytes = 0
 
-    def requests(self) -> list[tuple[Request, Request]]:
-        """What the op is asked for, in decode and in prefill."""
-        return [requests("norm_linear", self.linear.weight)]
+    def requests(self) -> Requests:
+        """What the op is asked for in decode; prefill is torch's."""
+        ((decode, _),) = requests("norm_linear", self.module.weight)
+        return [(decode, None)]
+
+    def changed(self) -> str | None:
+        """Nothing can happen to the head that its fused form does not honour."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
-        linear, rows = self.linear, x.shape[:-1].numel()
+        linear, rows = self.module, x.shape[:-1].numel()
         grad = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
-        if grad or rows > DECODE_ROWS or torch.is_autocast_enabled(x.device.type):
+        if linear.training or grad or rows > DECODE_ROWS or torch.is_autocast_enabled(x.device.type):
             return nn.Linear.forward(linear, x)
         # The norm is already done: a sum of squares of zero and an eps of one make the row scale one.
         sumsq = torch.zeros(rows, dtype=torch.float32, device=x.device)

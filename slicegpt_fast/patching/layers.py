@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Any, cast
 
@@ -59,6 +59,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 Forward = Callable[..., Tensor]
+Requests = list[tuple[Request, Request | None]]  # of each op in turn: in decode and in prefill, None for torch's own
 
 
 class NotFusable(Exception):
@@ -200,6 +201,7 @@ class FusedSublayer:
         Raises:
             NotFusable: the sublayer is not made of what the ops compute.
         """
+        self.module = layer
         self.shortcut: nn.Module | None = getattr(layer, shortcut_name(sublayer), None)
         _check(layer, sublayer)
         down = self.shortcut.down if isinstance(self.shortcut, AlignedShortcut) else None
@@ -221,14 +223,13 @@ class FusedSublayer:
         """Memory that the packed weights add."""
         return sum(branch.reader.copied_bytes for branch in self.branches)
 
-    def requests(self) -> list[tuple[Request, Request]]:
-        """What each op in turn is asked for, in decode and in prefill."""
+    def requests(self) -> Requests:
+        """What the ops are asked for."""
         found = []
         for branch in self.branches:
-            weight = branch.reader.weights[0].matrix
             rows = branch.reader.rows()[-1].stop + branch.unscaled
-            found.append(requests("norm_linear", weight, rows))
-            found.append(requests("residual_linear", branch.writer.weights[0].matrix))
+            found += requests("norm_linear", branch.reader.weights[0].matrix, rows)
+            found += requests("residual_linear", branch.writer.weights[0].matrix)
         return found
 
     def changed(self) -> str | None:
@@ -331,13 +332,11 @@ class FusedLayer:
         return (hidden_states, attention_weights) if architecture.returns_tuple else hidden_states
 
 
-def requests(op: str, weight: Tensor, rows: int | None = None) -> tuple[Request, Request]:
-    """What a matmul with a weight like ``weight``, of that many rows, asks of an op: in decode and in prefill."""
+def requests(op: str, weight: Tensor, rows: int | None = None) -> Requests:
+    """What a matmul with a weight like ``weight``, of that many rows, asks of an op."""
     n, k = rows or weight.shape[0], weight.shape[1]
-    decode, prefill = (
-        Request(op, weight.device, weight.dtype, regime, (M, n, k)) for regime, M in (("decode", 1), ("prefill", 512))
-    )
-    return decode, prefill
+    decode = Request(op, weight.device, weight.dtype, "decode", (1, n, k))
+    return [(decode, replace(decode, regime="prefill", shape=(512, n, k)))]
 
 
 def row_statistic(h: Tensor) -> Tensor | None:
