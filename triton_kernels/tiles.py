@@ -60,9 +60,10 @@ TILES = {
 DECODE_TILES = (Tile(16, 64, 128, 4, 4), Tile(16, 128, 64, 4, 4))
 # For fp32, which runs on the FMA units, and for rows that are not 16-byte aligned, which load element by element.
 SMALL_TILES = (Tile(64, 64, 32, 4, 3),)
-SMALL_DECODE_TILES = (Tile(16, 64, 64, 4, 3),)
-# Epilogues that need registers (erf, the gate's split, the added residual): at most 64 accumulators per thread then.
-HEAVY_EPILOGUES = {8: ("gelu",), 9: ("gelu", "low rank"), 10: ("gelu", "silu_gate", "add", "low rank")}
+SMALL_DECODE_TILES = (Tile(16, 64, 64, 4, 3), Tile(16, 128, 32, 4, 3))
+DECODE_BLOCK = 64  # rows of W that a decode MMA takes at least; a gated tile holds two blocks
+# Epilogues that need registers (erf, the added residual): at most 64 accumulators per thread then.
+HEAVY_EPILOGUES = {8: ("gelu",), 9: ("gelu", "low rank"), 10: ("gelu", "add", "low rank")}
 TILE_OVERHEAD = 2000  # clocks to fill the pipeline and write a tile out
 
 
@@ -78,7 +79,8 @@ def tiles_for(gpu: Gpu, dtype: torch.dtype, m: int, aligned: bool, epilogue: str
     """
     large = aligned and dtype != torch.float32
     if m <= DECODE_ROWS:
-        return DECODE_TILES if large else SMALL_DECODE_TILES
+        least = 2 * DECODE_BLOCK if epilogue == "silu_gate" else DECODE_BLOCK
+        return tuple(tile for tile in (DECODE_TILES if large else SMALL_DECODE_TILES) if tile.n >= least)
     tiles = TILES[generation(gpu)] if large else SMALL_TILES
     most = 64 if epilogue in HEAVY_EPILOGUES[generation(gpu)] else 128
     return tuple(tile for tile in tiles if tile.m * tile.n <= most * 32 * tile.warps)
