@@ -42,4 +42,4 @@ def measure() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main("covariance", measure)
+    main("covariance", measure, list)
