@@ -6,6 +6,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <stdexcept>
 
 #include "slicegpt_fast.h"
@@ -40,6 +43,27 @@ const char* cpu_isa() {
   return sgf_cpu_isa_name(level);
 }
 
+using Workspace = std::unique_ptr<void, decltype(&std::free)>;
+
+Workspace workspace(int64_t bytes) {
+  Workspace memory(std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64)), &std::free);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void covariance(uintptr_t acc, int acc_dtype, int64_t acc_stride, uintptr_t x, int dtype, int64_t x_stride,
+                uintptr_t rows, uintptr_t row_scale, int64_t N, int64_t D, int threads) {
+  const py::gil_scoped_release release;
+  const Workspace memory = workspace(sgf_covariance_workspace(N, D, threads));
+  check(sgf_covariance(pointer(acc), acc_dtype, acc_stride, pointer(x), dtype, x_stride, pointer<int64_t>(rows),
+                       pointer<float>(row_scale), N, D, threads, memory.get()));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -47,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &sgf_cpu_features);
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isa_names", &cpu_isa_names);
+  m.def("covariance", &covariance);
 #ifdef SGF_CUDA
   m.def("cuda_probe", [](uintptr_t out, int threads, uintptr_t stream) {
     check(sgf_cuda_probe(reinterpret_cast<int32_t*>(out), threads, reinterpret_cast<void*>(stream)));
