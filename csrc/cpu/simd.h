@@ -126,10 +126,10 @@ inline void store(T* to, Floats x) {
 
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
-// The first `count` < kLanes elements; the other lanes are read as zero and not written.
+// The first `count` elements, where there are fewer than kLanes; the other lanes are read as zero and not written.
 
 #if defined(__AVX512F__)
-inline uint16_t first(int64_t count) { return static_cast<uint16_t>((1u << count) - 1); }
+inline uint16_t first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
 template <class T>
 inline Floats load(const T* from, int64_t count) {
@@ -147,18 +147,35 @@ inline void store(float* to, Floats x, int64_t count) { _mm512_mask_storeu_ps(to
 #else
 template <class T>
 inline Floats load(const T* from, int64_t count) {
+  if (count >= kLanes) return load(from);
   T elements[kLanes] = {};
-  std::memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
+  if (count > 0) std::memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(T));
   return load(elements);
 }
 
 template <class T>
 inline void store(T* to, Floats x, int64_t count) {
+  if (count >= kLanes) return store(to, x);
   T elements[kLanes];
   store(elements, x);
-  std::memcpy(to, elements, static_cast<std::size_t>(count) * sizeof(T));
+  if (count > 0) std::memcpy(to, elements, static_cast<std::size_t>(count) * sizeof(T));
 }
 #endif
+
+// Lanes 0, 2, 4 ... and 1, 3, 5 ... of two vectors one after the other.
+template <int... lane>
+inline Floats every_other(Floats low, Floats high, int first, std::integer_sequence<int, lane...>) {
+  return first == 0 ? __builtin_shufflevector(low, high, (2 * lane)...)
+                    : __builtin_shufflevector(low, high, (2 * lane + 1)...);
+}
+
+inline Floats even(Floats low, Floats high) {
+  return every_other(low, high, 0, std::make_integer_sequence<int, kLanes>());
+}
+
+inline Floats odd(Floats low, Floats high) {
+  return every_other(low, high, 1, std::make_integer_sequence<int, kLanes>());
+}
 
 // Lane i is that of x whose number differs from i in the bits of `flip`.
 template <int flip, int... lane>

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from slicegpt_fast.ops.dispatch import Request
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # SGF_FLOAT32 ... in csrc/slicegpt_fast.h
 MASTERS = {torch.float32: 0, torch.float64: 3}  # of covariance_
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_gate": 4}  # SGF_NO_ACTIVATION ...
+STREAMED_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: math.inf}  # with more, torch's matmul is faster
 
 
 def refuses(request: Request) -> str | None:
@@ -28,10 +32,60 @@ def covariance_(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor |
     row_scale = None if row_scale is None else row_scale.to(torch.float32).contiguous()
     _C.covariance(
         sums.data_ptr(), MASTERS[sums.dtype], sums.stride(0), x.data_ptr(), DTYPES[x.dtype], x.stride(0),
-        _address(rows), _address(row_scale), N, D, torch.get_num_threads(),
+        _at(rows), _at(row_scale), N, D, torch.get_num_threads(),
     )  # fmt: skip
     if sums is not acc:
         acc.copy_(sums)
+
+
+def norm_linear(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    full_width: int,
+    sumsq: Tensor | None,
+    activation: str | None,
+    unscaled: int,
+) -> Tensor:
+    """Many rows: torch's matmul, then scale, bias and activation in one pass."""
+    M, K = h.shape
+    n = weight.shape[0]
+    y = torch.empty((M, (n + unscaled) // 2 if activation == "silu_gate" else n), dtype=h.dtype)
+    product = h @ weight.T if STREAMED_ROWS[h.dtype] < M else None
+    h, weight = _rows(h), _rows_or_columns(weight)
+    bias = None if bias is None else bias.contiguous()
+    sumsq = None if sumsq is None else sumsq.contiguous()
+    _C.norm_linear(
+        DTYPES[h.dtype], M, n, K, *_rows_at(h), *_matrix_at(weight), *_rows_at(product), _at(bias), eps, full_width,
+        _at(sumsq), ACTIVATIONS[activation], unscaled, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def residual_linear(
+    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Many rows: torch's matmuls onto the residual, then bias and squares in one pass."""
+    M, K = a.shape
+    n = weight.shape[0]
+    y = torch.empty((M, n), dtype=a.dtype)
+    sumsq = torch.empty(M)
+    if STREAMED_ROWS[a.dtype] < M:
+        residual = a @ weight.T if residual is None else torch.addmm(residual, a, weight.T)
+        residual = residual if a2 is None or weight2 is None else residual.addmm_(a2, weight2)
+        K, a2, weight2 = 0, None, None
+    a, weight = _rows(a), _rows_or_columns(weight)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else _rows(residual)
+    a2 = None if a2 is None else _rows(a2)
+    weight2 = None if weight2 is None else _rows_or_columns(weight2)
+    _C.residual_linear(
+        DTYPES[a.dtype], M, n, K, *_rows_at(a), *_matrix_at(weight), _at(bias), *_rows_at(residual),
+        0 if a2 is None else a2.shape[1], *_rows_at(a2), *_matrix_at(weight2), y.data_ptr(), sumsq.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y, sumsq
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -39,5 +93,20 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _address(x: Tensor | None) -> int:
+def _rows_or_columns(weight: Tensor) -> Tensor:
+    """``weight``, or a copy of it, with each row or each column in one piece."""
+    return weight if 1 in weight.stride() else weight.contiguous()
+
+
+def _at(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _rows_at(x: Tensor | None) -> tuple[int, int]:
+    """Address and row stride."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+
+def _matrix_at(x: Tensor | None) -> tuple[int, int, int]:
+    """Address and strides."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
