@@ -114,7 +114,8 @@ def on_cpu(rows_of_h: tuple[int, ...]) -> list[dict[str, Any]]:
                         "x torch": us["torch"] / us["cpu"],
                         "x linear": us["linear"] / us["cpu"],
                         "GFLOP/s": 2e-3 * M * n * d / us["cpu"],
-                        "share of read bandwidth": size / (1e-6 * us["cpu"]) / bandwidth,
+                        "GB/s": 1e-3 * size / us["cpu"],
+                        "share of read bandwidth": 1e6 * size / us["cpu"] / bandwidth,
                     }
                 )
     return rows

@@ -128,7 +128,8 @@ def on_cpu(rows_of_a: tuple[int, ...]) -> list[dict[str, Any]]:
                             "torch_us": us["torch"],
                             "x torch": us["torch"] / us["cpu"],
                             "GFLOP/s": 2e-3 * M * d * (k + width) / us["cpu"],
-                            "share of read bandwidth": size / (1e-6 * us["cpu"]) / bandwidth,
+                            "GB/s": 1e-3 * size / us["cpu"],
+                            "share of read bandwidth": 1e6 * size / us["cpu"] / bandwidth,
                         }
                     )
     return rows

@@ -56,6 +56,14 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void covariance(uintptr_t acc, int acc_dtype, int64_t acc_stride, uintptr_t x, int dtype, int64_t x_stride,
+                uintptr_t rows, uintptr_t row_scale, int64_t N, int64_t D, int threads) {
+  const py::gil_scoped_release release;
+  const Workspace memory = workspace(sgf_covariance_workspace(N, D, threads));
+  check(sgf_covariance(pointer(acc), acc_dtype, acc_stride, pointer(x), dtype, x_stride, pointer<int64_t>(rows),
+                       pointer<float>(row_scale), N, D, threads, memory.get()));
+}
+
 void norm_linear(int dtype, int64_t M, int64_t n, int64_t K, uintptr_t h, int64_t h_stride, uintptr_t weight,
                  int64_t weight_row_stride, int64_t weight_column_stride, uintptr_t product, int64_t product_stride,
                  uintptr_t bias, double eps, double full_width, uintptr_t sumsq, int activation, int64_t unscaled,
@@ -87,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &sgf_cpu_features);
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isa_names", &cpu_isa_names);
+  m.def("covariance", &covariance);
   m.def("norm_linear", &norm_linear);
   m.def("residual_linear", &residual_linear);
 #ifdef SGF_CUDA

@@ -26,6 +26,7 @@ enum {
   SGF_FLOAT32 = 0,
   SGF_FLOAT16 = 1,
   SGF_BFLOAT16 = 2,
+  SGF_FLOAT64 = 3,
 };
 
 // Activations.
@@ -56,6 +57,15 @@ const char* sgf_cpu_features(void);
 int sgf_cpu_isa(void);
 int sgf_cpu_isa_count(void);
 const char* sgf_cpu_isa_name(int level);
+
+// covariance_ on the CPU: acc [D, D] += X^T X, X being N rows of x: those that `rows` numbers or, where it is null, the
+// first, each times its row_scale where that is not null. Reads the lower triangle of acc and writes both. acc_dtype is
+// SGF_FLOAT64 or SGF_FLOAT32, dtype anything else. Rows of acc and x lie in one piece. The sums over 2048 rows (bf16
+// without row_scale: 4096) must lie in fp32's range. The number of threads changes no bit of the result. The workspace
+// has the bytes that sgf_covariance_workspace says and stands on a cache line.
+int64_t sgf_covariance_workspace(int64_t N, int64_t D, int threads);
+int sgf_covariance(void* acc, int acc_dtype, int64_t acc_stride, const void* x, int dtype, int64_t x_stride,
+                   const int64_t* rows, const float* row_scale, int64_t N, int64_t D, int threads, void* workspace);
 
 // norm_linear and residual_linear on the CPU, as slicegpt_fast/ops/ describes them. Rows of h, a, a2, residual and
 // product lie in one piece, weights have a stride of 1 in one direction, y [M, ...] is contiguous. Null: bias; sumsq of

@@ -6,6 +6,20 @@ def cpu_isa() -> str: ...
 def cpu_isa_names() -> tuple[str, ...]: ...
 
 # Addresses are tensor.data_ptr(), 0 for none; dtypes and activations are numbers of csrc/slicegpt_fast.h.
+def covariance(
+    acc: int,
+    acc_dtype: int,
+    acc_stride: int,
+    x: int,
+    dtype: int,
+    x_stride: int,
+    rows: int,
+    row_scale: int,
+    N: int,
+    D: int,
+    threads: int,
+    /,
+) -> None: ...
 def norm_linear(
     dtype: int,
     M: int,

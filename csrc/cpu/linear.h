@@ -2,15 +2,15 @@
 //
 //            K                                  y [M, n]: thread 0   thread 1
 //   a [M,K] +-----+      W [n,K] +-----+             +------------+------------+
-//           |     |              | >>> | 4 rows      |  columns   |  columns   |   fp32 sums, then scale, bias,
+//           |     |              | >>> | 4, 8 rows   |  columns   |  columns   |   fp32 sums, then scale, bias,
 //           +-----+              |     |   --->      +------------+------------+   activation, residual, rounding
 //      in L1 or L2               +-----+
 //
 // Every weight is read once, and a thread owns a range of y's columns. A weight whose rows lie in one piece (W, and S
-// stored transposed) is taken four rows at a time: dot products along K, whose partial sums stay in registers for up to
-// four rows of a. A weight whose columns lie in one piece (S as it is, V) is taken eight steps of K at a time, each
-// times a[m, k] onto the thread's row of sums, which stays in L1. Both operand pairs of a sum, (a, W) and (h, S), share
-// the sums.
+// stored transposed) is taken four or eight rows at a time: dot products along K, whose partial sums stay in registers
+// for up to six rows of a. A weight whose columns lie in one piece (S as it is, V) is taken eight steps of K at a time,
+// each times a[m, k] onto the thread's row of sums, which stays in L1. Both operand pairs of a sum, (a, W) and (h, S),
+// share the sums.
 //
 // bf16 goes through the dot-product instruction for pairs where there is one; elsewhere a word of two numbers becomes
 // two fp32 numbers by a shift and a mask, so `a` is laid out beforehand with even and odd numbers apart.
@@ -140,6 +140,10 @@ struct Operand<BFloat16> {
 // bandwidth. Past the end of the weight there is nothing to fear from it.
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
+// A tile's partial sums fit the vector registers: 32 of them with AVX-512, else 16.
+constexpr int kTileRows = kLanes == 16 ? 6 : 3;  // with 4 rows of w
+constexpr int kFewRows = kLanes == 16 ? 4 : 1;   // with 8, which keeps more of w on its way
+
 // sums[m, r] += a[m] . w[r] for `rows` rows of a and `columns` rows of w.
 template <int rows, int columns, class T, class Kept = typename Operand<T>::Kept>
 inline void dot_tile(const Kept* a, int64_t a_stride, const T* w, int64_t w_stride, int64_t K, float* sums,
@@ -168,27 +172,14 @@ inline void dot_tile(const Kept* a, int64_t a_stride, const T* w, int64_t w_stri
   }
 }
 
-template <int columns, class T, class Kept = typename Operand<T>::Kept>
+// The same for M rows of a, `rows` at a time and then fewer.
+template <int rows, int columns, class T, class Kept = typename Operand<T>::Kept>
 inline void dot_tiles(int64_t M, const Kept* a, int64_t a_stride, const T* w, int64_t w_stride, int64_t K, float* sums,
                       int64_t sums_stride) {
-  for (int64_t m = 0; m < M; m += 4) {
-    const auto tile = [&](auto tile_of) {
-      tile_of(a + m * a_stride, a_stride, w, w_stride, K, sums + m * sums_stride, sums_stride);
-    };
-    switch (M - m) {
-      case 1:
-        tile(dot_tile<1, columns, T>);
-        break;
-      case 2:
-        tile(dot_tile<2, columns, T>);
-        break;
-      case 3:
-        tile(dot_tile<3, columns, T>);
-        break;
-      default:
-        tile(dot_tile<4, columns, T>);
-    }
+  for (; M >= rows; M -= rows, a += rows * a_stride, sums += rows * sums_stride) {
+    dot_tile<rows, columns>(a, a_stride, w, w_stride, K, sums, sums_stride);
   }
+  if constexpr (rows > 1) dot_tiles<rows - 1, columns>(M, a, a_stride, w, w_stride, K, sums, sums_stride);
 }
 
 // sums[m, j] += a[m, 0] * w[0, j] + ... for `steps` rows of w, which lie w_stride apart.
@@ -343,7 +334,7 @@ class Kernel {
     for (int64_t m = 0; m < call_.M; ++m) start(m, begin, end);
     for (int i = 0; i < call_.terms_used; ++i) {
       const Term& term = call_.terms[i];
-      const T* w = static_cast<const T*>(term.w) + begin * term.w_row_stride;
+      const T* w = static_cast<const T*>(term.w);
       if (by_rows(term)) {
         add_rows(term, reinterpret_cast<const Kept*>(kept_[i]), w, begin, end);
       } else {
@@ -354,18 +345,28 @@ class Kernel {
   }
 
   void add_rows(const Term& term, const Kept* a, const T* w, int64_t begin, int64_t end) const {
-    const int64_t a_stride = padded(term.K), w_stride = term.w_row_stride;
-    int64_t j = begin;
-    for (; j + 4 <= end; j += 4, w += 4 * w_stride) {
-      dot_tiles<4>(call_.M, a, a_stride, w, w_stride, term.K, sums_ + j, sums_stride_);
+    if (call_.M <= kFewRows) {
+      begin = add_rows<kFewRows, 8>(term, a, w, begin, end);
+    } else {
+      begin = add_rows<kTileRows, 4>(term, a, w, begin, end);
     }
-    for (; j < end; ++j, w += w_stride) {
-      dot_tiles<1>(call_.M, a, a_stride, w, w_stride, term.K, sums_ + j, sums_stride_);
+    add_rows<kTileRows, 1>(term, a, w, begin, end);
+  }
+
+  // As many whole tiles as fit; returns where they end.
+  template <int rows, int columns>
+  int64_t add_rows(const Term& term, const Kept* a, const T* w, int64_t begin, int64_t end) const {
+    const int64_t stride = term.w_row_stride;
+    for (; begin + columns <= end; begin += columns) {
+      dot_tiles<rows, columns>(call_.M, a, padded(term.K), w + begin * stride, stride, term.K, sums_ + begin,
+                               sums_stride_);
     }
+    return begin;
   }
 
   void add_columns(const Term& term, const float* a, const T* w, int64_t begin, int64_t end) const {
     const int64_t a_stride = padded(term.K), w_stride = term.w_column_stride, n = end - begin;
+    w += begin;
     int64_t k = 0;
     for (; k + 8 <= term.K; k += 8, w += 8 * w_stride) {
       add_steps<8>(call_.M, a + k, a_stride, w, w_stride, n, sums_ + begin, sums_stride_);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slicegpt_fast.ops import cpu
 from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, require, triton_refuses
 
 ROWS_PER_STEP = 4096  # bounds the fp64 copy of x
@@ -84,4 +85,5 @@ OP = Op(
     request=request,
     fake=lambda acc, x, row_scale, mask: None,
 )
+OP.add_backend("cpu", cpu.covariance_, cpu.refuses)
 OP.add_backend("triton", _triton, triton_refuses)

@@ -36,8 +36,8 @@ def test_matches_fp64(shape, backend, dtype, device):
 @pytest.mark.parametrize("M", [3, 40])
 @pytest.mark.parametrize("unscaled", [0, 8, 3])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_and_unscaled_columns(activation, unscaled, M, backend, device):
-    check(inputs(M, 2 * 36 + unscaled, 40, torch.float16, device, activation, unscaled), backend)
+def test_activations_and_unscaled_columns(activation, unscaled, M, backend, dtype, device):
+    check(inputs(M, 2 * 36 + unscaled, 40, dtype, device, activation, unscaled), backend)
 
 
 @pytest.mark.parametrize("M", [5, 130])
@@ -125,6 +125,13 @@ def test_threads_change_no_bit(M, dtype, threads):
     for count in (1, 3):
         threads(count)
         assert torch.equal(norm_linear(*arguments, backend="cpu"), expected)
+
+
+def test_cpu_leaves_fp64_to_torch():
+    arguments = double(inputs(2, 4, 3, torch.float32, "cpu"))
+    with pytest.raises(InputError, match=r"'cpu' cannot run norm_linear: it has no torch\.float64 kernel"):
+        norm_linear(*arguments, backend="cpu")
+    assert torch.equal(norm_linear(*arguments), reference(*arguments))
 
 
 @pytest.mark.parametrize(
