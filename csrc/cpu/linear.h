@@ -286,11 +286,19 @@ class Kernel {
       for (int i = 0; i < call_.terms_used; ++i) keep(call_.terms[i], kept_[i], m);
       if (call_.scaled) scale_[m] = scale(call_.terms[0], m);
     }
+    const bool gated = call_.activation == SGF_SILU_GATE;
+    const int64_t scaled = call_.n - call_.unscaled, half = scaled / 2;
     const int64_t blocks = (call_.n + kBlock - 1) / kBlock;
-    const int64_t parts = call_.threads < blocks ? call_.threads : blocks;
-    parallel(static_cast<int>(parts), [&](int part) {
-      const int64_t end = (part + 1) * blocks / parts * kBlock;
-      columns(part * blocks / parts * kBlock, end < call_.n ? end : call_.n);
+    const int parts = static_cast<int>(call_.threads < blocks ? call_.threads : blocks);
+    parallel(parts, [&](int part) {
+      const Range columns = share(gated ? half : scaled, part, parts), plain = share(call_.unscaled, part, parts);
+      add_up(columns.begin, columns.end);
+      if (gated) add_up(half + columns.begin, half + columns.end);
+      add_up(scaled + plain.begin, scaled + plain.end);
+      for (int64_t m = 0; m < call_.M; ++m) {
+        gated ? gate(m, half, columns) : finish(m, columns);
+        copy(m, {scaled + plain.begin, scaled + plain.end});
+      }
     });
     if (call_.sumsq_of_y != nullptr) {
       for (int64_t m = 0; m < call_.M; ++m) call_.sumsq_of_y[m] = sum_of_squares(y(m), call_.out);
@@ -300,7 +308,17 @@ class Kernel {
  private:
   using Step = Operand<T>;
   using Kept = typename Step::Kept;
-  static constexpr int64_t kBlock = 16;  // threads' ranges begin at multiples, which keeps gate and up together
+  static constexpr int64_t kBlock = 16;  // threads' ranges begin at multiples
+
+  struct Range {
+    int64_t begin, end;
+  };
+
+  static Range share(int64_t count, int64_t part, int64_t parts) {
+    const int64_t blocks = (count + kBlock - 1) / kBlock;
+    const int64_t begin = part * blocks / parts * kBlock, end = (part + 1) * blocks / parts * kBlock;
+    return {begin < count ? begin : count, end < count ? end : count};
+  }
 
   static bool by_rows(const Term& term) { return term.w_column_stride == 1 || term.K == 1; }
 
@@ -329,8 +347,8 @@ class Kernel {
     }
   }
 
-  // Columns begin ... end of y.
-  void columns(int64_t begin, int64_t end) const {
+  // The sums of columns begin ... end.
+  void add_up(int64_t begin, int64_t end) const {
     for (int64_t m = 0; m < call_.M; ++m) start(m, begin, end);
     for (int i = 0; i < call_.terms_used; ++i) {
       const Term& term = call_.terms[i];
@@ -341,7 +359,6 @@ class Kernel {
         add_columns(term, kept_[i], w, begin, end);
       }
     }
-    for (int64_t m = 0; m < call_.M; ++m) finish(m, begin, end);
   }
 
   void add_rows(const Term& term, const Kept* a, const T* w, int64_t begin, int64_t end) const {
@@ -384,26 +401,32 @@ class Kernel {
     }
   }
 
-  void finish(int64_t m, int64_t begin, int64_t end) const {
-    const int64_t scaled = call_.n - call_.unscaled;
-    const int64_t border = end < scaled ? end : begin < scaled ? scaled : begin;
-    const auto value = [&](int64_t j) {
-      Floats x = load(sums(m) + j, border - j);
-      if (call_.scaled) x *= scale_[m];
-      return call_.bias == nullptr ? x : x + load(static_cast<const T*>(call_.bias) + j, border - j);
-    };
-    if (call_.activation == SGF_SILU_GATE) {
-      for (int64_t j = begin; j < border; j += 2 * kLanes) {
-        const Floats low = value(j), high = value(j + kLanes);
-        store(y(m) + j / 2, silu(even(low, high)) * odd(low, high), (border - j) / 2);
-      }
-    } else {
-      for (int64_t j = begin; j < border; j += kLanes) {
-        store(y(m) + j, activate(call_.activation, value(j)), border - j);
-      }
+  // Sums, scaled and with their bias, of which `count` exist.
+  Floats value(int64_t m, int64_t j, int64_t count) const {
+    Floats x = load(sums(m) + j, count);
+    if (call_.scaled) x *= scale_[m];
+    return call_.bias == nullptr ? x : x + load(static_cast<const T*>(call_.bias) + j, count);
+  }
+
+  void finish(int64_t m, Range columns) const {
+    for (int64_t j = columns.begin; j < columns.end; j += kLanes) {
+      store(y(m) + j, activate(call_.activation, value(m, j, columns.end - j)), columns.end - j);
     }
-    T* const last = y(m) + call_.out - call_.n;
-    for (int64_t j = border; j < end; j += kLanes) store(last + j, load(sums(m) + j, end - j), end - j);
+  }
+
+  void gate(int64_t m, int64_t half, Range columns) const {
+    for (int64_t j = columns.begin; j < columns.end; j += kLanes) {
+      const int64_t count = columns.end - j;
+      store(y(m) + j, silu(value(m, j, count)) * value(m, half + j, count), count);
+    }
+  }
+
+  // Columns that stay as they are.
+  void copy(int64_t m, Range columns) const {
+    T* const to = y(m) + call_.out - call_.n;
+    for (int64_t j = columns.begin; j < columns.end; j += kLanes) {
+      store(to + j, load(sums(m) + j, columns.end - j), columns.end - j);
+    }
   }
 
   const Linear& call_;

@@ -162,21 +162,6 @@ inline void store(T* to, Floats x, int64_t count) {
 }
 #endif
 
-// Lanes 0, 2, 4 ... and 1, 3, 5 ... of two vectors one after the other.
-template <int... lane>
-inline Floats every_other(Floats low, Floats high, int first, std::integer_sequence<int, lane...>) {
-  return first == 0 ? __builtin_shufflevector(low, high, (2 * lane)...)
-                    : __builtin_shufflevector(low, high, (2 * lane + 1)...);
-}
-
-inline Floats even(Floats low, Floats high) {
-  return every_other(low, high, 0, std::make_integer_sequence<int, kLanes>());
-}
-
-inline Floats odd(Floats low, Floats high) {
-  return every_other(low, high, 1, std::make_integer_sequence<int, kLanes>());
-}
-
 // Lane i is that of x whose number differs from i in the bits of `flip`.
 template <int flip, int... lane>
 inline Floats exchange(Floats x, std::integer_sequence<int, lane...>) {
