@@ -181,8 +181,9 @@ def _work_folder(work: Path, settings: dict[str, Any], size: int) -> Iterator[No
     if record.exists():
         _compare(json.loads(record.read_text()), settings, work)
     else:
+        shutil.rmtree(work, ignore_errors=True)  # without its record, it is what a killed deletion left
         check_space(work, size)
-        work.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True)
         write_json(record, settings)
     with record.open() as lock:
         try:

@@ -268,6 +268,14 @@ def test_another_model_is_not_resumed(finished, tmp_path, monkeypatch):
         slice_checkpoint(dense, tmp_path / "out", CALIBRATION, sparsity=0.25, progress=False)
 
 
+def test_a_half_deleted_run_is_not_resumed(finished, tmp_path, monkeypatch):
+    unfinished(finished / "dense", tmp_path, monkeypatch)
+    (tmp_path / WORK / "settings.json").unlink()
+    slice_checkpoint(finished / "dense", tmp_path / "out", CALIBRATION, progress=False, **ARGUMENTS)
+    assert_same(tmp_path / "out", finished / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def unfinished(source, folder, monkeypatch):
     """Leave the work folder of a killed run."""
     with monkeypatch.context() as patch:
