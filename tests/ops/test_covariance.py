@@ -170,6 +170,35 @@ def test_splits_add_up_in_order(device, monkeypatch):
     assert torch.equal(*results)
 
 
+@on_cpu
+@pytest.mark.parametrize("master", [torch.float64, torch.float32], ids=str)
+def test_a_million_tokens_in_many_calls(master, backend, dtype):
+    x = uneven(10**6, 16, dtype, "cpu")
+    acc = torch.zeros(16, 16, dtype=master)
+    for rows in x.split(4000):
+        covariance_(acc, rows, backend=backend)
+    assert relative_error(acc, exact(x)) <= 1e-6
+
+
+def test_a_call_onto_a_million_tokens_errs_by_what_it_adds(backend, dtype, device):
+    """So errors are no larger in a sum over any number of calls. An fp32 master would round by more."""
+    held = exact(uneven(10**6, 16, torch.float16, device))
+    x = uneven(700, 16, dtype, device)
+    acc = held.clone()
+    covariance_(acc, x, backend=backend)
+    assert relative_error(acc - held, exact(x)) <= 1e-6
+
+
+def test_the_longest_split(device, monkeypatch):
+    from slicegpt_fast.triton_kernels import covariance
+
+    monkeypatch.setattr(covariance, "choose_splits", lambda gpu, tile, N, D: 1)
+    x = uneven(covariance.LONGEST_SPLIT, 16, torch.float16, device)
+    acc = torch.zeros(16, 16, dtype=torch.float64, device=device)
+    covariance_(acc, x, backend="triton")
+    assert relative_error(acc, exact(x)) <= 1e-6
+
+
 def test_offsets_are_64_bit(backend, device):
     """Rows lie 2^30 elements apart, so the last one starts past 2^31."""
     x = torch.empty_strided((4, 16), (2**30, 1), dtype=torch.float16, device=device)
