@@ -51,8 +51,11 @@ def norm_linear(
     """Many rows: torch's matmul, then scale, bias and activation in one pass."""
     M, K = h.shape
     n = weight.shape[0]
-    y = torch.empty((M, (n + unscaled) // 2 if activation == "silu_gate" else n), dtype=h.dtype)
     product = h @ weight.T if STREAMED_ROWS[h.dtype] < M else None
+    if activation == "silu_gate":
+        y = torch.empty((M, (n + unscaled) // 2), dtype=h.dtype)
+    else:
+        y = torch.empty((M, n), dtype=h.dtype) if product is None else product
     h, weight = _rows(h), _rows_or_columns(weight)
     bias = None if bias is None else bias.contiguous()
     sumsq = None if sumsq is None else sumsq.contiguous()
@@ -69,12 +72,14 @@ def residual_linear(
     """Many rows: torch's matmuls onto the residual, then bias and squares in one pass."""
     M, K = a.shape
     n = weight.shape[0]
-    y = torch.empty((M, n), dtype=a.dtype)
     sumsq = torch.empty(M)
     if STREAMED_ROWS[a.dtype] < M:
-        residual = a @ weight.T if residual is None else torch.addmm(residual, a, weight.T)
-        residual = residual if a2 is None or weight2 is None else residual.addmm_(a2, weight2)
-        K, a2, weight2 = 0, None, None
+        y = a @ weight.T if residual is None else torch.addmm(residual, a, weight.T)
+        if a2 is not None and weight2 is not None:
+            y.addmm_(a2, weight2)
+        K, residual, a2, weight2 = 0, y, None, None
+    else:
+        y = torch.empty((M, n), dtype=a.dtype)
     a, weight = _rows(a), _rows_or_columns(weight)
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else _rows(residual)

@@ -19,7 +19,7 @@ BELOW = _C.cpu_isa_names()[: _C.cpu_isa_names().index(_C.cpu_isa())]
 def test_kernels_are_right_at(isa):
     """The level is read once per process, so each one runs the op tests of the CPU backend in its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "cpu and (fp64 or views or tile)", *map(str, FILES)],
+        [sys.executable, "-P", "-m", "pytest", "-q", "-k", "cpu and (matches_fp64 or views or tile)", *map(str, FILES)],
         env=os.environ | {"SLICEGPT_FAST_CPU_ISA": isa},
         cwd=TESTS.parent.parent,
         capture_output=True,
