@@ -19,7 +19,8 @@ def covariance_(
     Args:
         acc: [D, D] accumulator, fp64 (the master that loses nothing over many calls) or fp32. Symmetric: a kernel
             reads its lower triangle and writes both.
-        x: [N, D] activations of any floating dtype. fp32 is not rounded to tf32.
+        x: [N, D] activations of any floating dtype. fp32 is not rounded to tf32. Kernels sum blocks of rows in fp32,
+            which these sums must not overflow.
         row_scale: [N] factor of each row, such as the reciprocal norm of the normalised signal. With fp16 ``x``, the
             scaled
             rows must lie in fp16's range.
