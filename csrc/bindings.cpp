@@ -82,6 +82,17 @@ void cuda_residual_linear(uintptr_t a, int64_t stride_a, uintptr_t weight, int64
                                  stride_residual, device(y), stride_y, device_floats(sumsq), M, n, K, K2, dtype,
                                  plan_from(plan), device_floats(workspace), device_ints(counters), device(stream)));
 }
+#ifdef SGF_SM90A
+Plan cuda_covariance_plan(int64_t N, int64_t D, int sms) { return plan_of(sgf_cuda_covariance_plan(N, D, sms)); }
+
+void cuda_covariance(uintptr_t x, int64_t stride, int64_t N, int64_t D, uintptr_t row_scale, uintptr_t mask,
+                     uintptr_t planes, uintptr_t acc, int64_t stride_row, int64_t stride_column, int acc_dtype,
+                     int dtype, Plan plan, uintptr_t workspace, uintptr_t stream) {
+  check(sgf_cuda_covariance(device(x), stride, N, D, device_floats(row_scale), reinterpret_cast<uint8_t*>(mask),
+                            device(planes), device(acc), stride_row, stride_column, acc_dtype, dtype, plan_from(plan),
+                            device_floats(workspace), device(stream)));
+}
+#endif
 #endif
 
 }  // namespace
@@ -99,5 +110,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_norm_linear", &cuda_norm_linear);
   m.def("cuda_residual_linear_plan", &cuda_residual_linear_plan);
   m.def("cuda_residual_linear", &cuda_residual_linear);
+#ifdef SGF_SM90A
+  m.def("cuda_covariance_plan", &cuda_covariance_plan);
+  m.def("cuda_covariance", &cuda_covariance);
+#endif
 #endif
 }

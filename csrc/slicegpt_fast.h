@@ -30,6 +30,7 @@ enum {
   SGF_FLOAT32 = 0,
   SGF_FLOAT16 = 1,
   SGF_BFLOAT16 = 2,
+  SGF_FLOAT64 = 3,
 };
 
 // The sentence for a status, in static memory.
@@ -92,6 +93,17 @@ int sgf_cuda_residual_linear(const void* a, int64_t stride_a, const void* weight
                              const void* bias, const void* residual, int64_t stride_residual, void* y, int64_t stride_y,
                              float* sumsq, int M, int64_t n, int K, int K2, int dtype, sgf_cuda_plan plan,
                              float* workspace, int32_t* counters, void* stream);
+
+#ifdef SGF_SM90A
+// covariance_ of slicegpt_fast/ops on compute capability 9.0: acc [D, D], fp32 or fp64, symmetric, += X^T X for the
+// scaled and selected rows of x [N, D] in fp16 or bf16. row_scale [N] and mask [N] may be null. `planes` is room for a
+// prepared copy of x, [N, D rounded up to 8] elements, three of them with a row scale; it may be null where there is
+// neither scale nor mask, x is 16-byte aligned and its stride is a multiple of 8 and at least D.
+sgf_cuda_plan sgf_cuda_covariance_plan(int64_t N, int64_t D, int sms);
+int sgf_cuda_covariance(const void* x, int64_t stride, int64_t N, int64_t D, const float* row_scale,
+                        const uint8_t* mask, void* planes, void* acc, int64_t stride_row, int64_t stride_column,
+                        int acc_dtype, int dtype, sgf_cuda_plan plan, float* workspace, void* stream);
+#endif
 #endif
 
 #ifdef __cplusplus

@@ -61,3 +61,23 @@ def cuda_residual_linear(
     counters: int,
     stream: int,
 ) -> None: ...
+
+# Only in a build for 90a.
+def cuda_covariance_plan(N: int, D: int, sms: int) -> CudaPlan: ...
+def cuda_covariance(
+    x: int,
+    stride: int,
+    N: int,
+    D: int,
+    row_scale: int,
+    mask: int,
+    planes: int,
+    acc: int,
+    stride_row: int,
+    stride_column: int,
+    acc_dtype: int,
+    dtype: int,
+    plan: CudaPlan,
+    workspace: int,
+    stream: int,
+) -> None: ...

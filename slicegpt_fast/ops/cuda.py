@@ -15,6 +15,7 @@ from torch import Tensor
 from slicegpt_fast import _C
 from slicegpt_fast.counters import counters
 from slicegpt_fast.native import build_info
+from slicegpt_fast.ops.covariance import OP as COVARIANCE
 from slicegpt_fast.ops.dispatch import HALF, Request
 from slicegpt_fast.ops.norm_linear import OP as NORM_LINEAR
 from slicegpt_fast.ops.norm_linear import reference as norm_linear_reference
@@ -22,8 +23,10 @@ from slicegpt_fast.ops.residual_linear import OP as RESIDUAL_LINEAR
 from slicegpt_fast.ops.residual_linear import reference as residual_linear_reference
 
 # Codes of csrc/slicegpt_fast.h.
-DTYPES = {torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_gate": 4}
+
+PREPARED_TOKENS = 16384  # bounds the copies of x that a row scale, a mask or a misaligned x calls for
 
 
 def refuses(request: Request) -> str | None:
@@ -44,6 +47,15 @@ def decode_refuses(request: Request) -> str | None:
     return refuses(request) or ("it has no kernel for more than 16 rows" if request.regime != "decode" else None)
 
 
+def covariance_refuses(request: Request) -> str | None:
+    """Why the covariance kernel cannot run ``request``, or None."""
+    if refusal := refuses(request):
+        return refusal
+    if request.capability != (9, 0):
+        return "it has a kernel for compute capability 9.0 only"
+    return None if "90a" in build_info().cuda_archs else "slicegpt-fast was built without the architecture 90a"
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Makes ``device`` the current one, where it is not."""
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
@@ -61,6 +73,32 @@ def rows(x: Tensor) -> Tensor:
 
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def covariance_(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> None:
+    """The op, on Hopper."""
+    if x.numel() == 0:
+        return
+    x, D = rows(x), x.shape[1]
+    row_scale = None if row_scale is None else row_scale.float().contiguous()
+    mask = None if mask is None else mask.contiguous()
+    readable = x.stride(0) >= D and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    prepare = not readable or row_scale is not None or mask is not None
+    step = PREPARED_TOKENS if prepare else x.shape[0]
+    with on(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        for first in range(0, x.shape[0], step):
+            part = slice(first, first + step)
+            N = x[part].shape[0]
+            planes = x.new_empty(1 if row_scale is None else 3, N, -(-D // 8) * 8) if prepare else None
+            plan = _C.cuda_covariance_plan(N, D, multiprocessors(x.device))
+            workspace = torch.empty(plan[1], dtype=torch.float32, device=x.device)
+            _C.cuda_covariance(
+                address(x[part]), x.stride(0), N, D,
+                address(None if row_scale is None else row_scale[part]), address(None if mask is None else mask[part]),
+                address(planes), address(acc), acc.stride(0), acc.stride(1), DTYPES[acc.dtype], DTYPES[x.dtype],
+                plan, address(workspace), stream,
+            )  # fmt: skip
 
 
 def norm_linear(
@@ -128,5 +166,6 @@ def residual_linear(
     return y, sumsq
 
 
+COVARIANCE.add_backend("cuda", covariance_, covariance_refuses)
 NORM_LINEAR.add_backend("cuda", norm_linear, decode_refuses)
 RESIDUAL_LINEAR.add_backend("cuda", residual_linear, decode_refuses)
