@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernels import copies, copy_bandwidth, graph_us, main, median_us
+from kernels import copies, copy_bandwidth, graph_us, main, median_us, unless_refused
 
 from slicegpt_fast.ops import norm_linear
 
@@ -66,6 +66,7 @@ def decode(rows_of_h: tuple[int, ...]) -> list[dict[str, Any]]:
                 h = torch.randn(M, d, dtype=torch.bfloat16, device="cuda")
                 rest = (None, EPS, 4096, None, activation)
                 ours = graph_us([partial(norm_linear, h, w, *rest, backend="triton") for w in weights])
+                by_cuda = unless_refused(graph_us, [partial(norm_linear, h, w, *rest, backend="cuda") for w in weights])
                 by_torch = graph_us([partial(torch_formulation, h, w, activation) for w in weights])
                 rows.append(
                     {
@@ -73,6 +74,7 @@ def decode(rows_of_h: tuple[int, ...]) -> list[dict[str, Any]]:
                         "M": M,
                         "d": d,
                         "triton_us": ours,
+                        "cuda_us": by_cuda,
                         "torch_us": by_torch,
                         "x torch": by_torch / ours,
                         "share of copy bandwidth (target 0.8)": 2 * n * d / (1e-6 * ours) / bandwidth,

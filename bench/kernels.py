@@ -16,6 +16,8 @@ import torch
 import triton
 from triton.testing import do_bench
 
+from slicegpt_fast.errors import InputError
+
 L2_BYTES = 64 << 20  # at least what any supported GPU has
 
 
@@ -36,6 +38,14 @@ def graph_us(calls: list[Callable[[], Any]]) -> float:
         for call in calls:
             call()
     return 1e3 * do_bench(graph.replay, warmup=50, rep=300, return_mode="median") / len(calls)
+
+
+def unless_refused(measure: Callable[[Any], float], calls: Any) -> float | None:
+    """``measure(calls)``, or None where the backend that they ask for cannot run here."""
+    try:
+        return measure(calls)
+    except InputError:
+        return None
 
 
 def copies(bytes_each: int) -> int:
