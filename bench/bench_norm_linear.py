@@ -24,7 +24,7 @@ def torch_formulation(h, weight, activation):
     y = F.linear(F.rms_norm(h, h.shape[-1:], eps=EPS), weight)
     if activation is None:
         return y
-    gate, up = y.chunk(2, dim=-1)  # torch needs no interleaving: its weight is packed the way it likes best
+    gate, up = y.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 

@@ -29,6 +29,7 @@ class Branch:
         readers, writers: linear modules, or parameters of shape [experts, out, in]. Paths that a layer lacks are left
             out (mixture-of-experts families have layers of both kinds).
         takes_layer_arguments: the first module is called with the layer's arguments (masks, positions, cache).
+        activation: the module between a feed-forward network's readers and writers; None for attention.
     """
 
     norm: str
@@ -36,6 +37,7 @@ class Branch:
     readers: tuple[str, ...]
     writers: tuple[str, ...]
     takes_layer_arguments: bool = False
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,17 @@ class Weight:
     def bias(self, value: Tensor) -> None:
         self.owner.bias = _parameter(value, self.matrix)
 
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter behind ``matrix``."""
+        return cast(nn.Parameter, getattr(self.owner, self.name))
+
+    def view_of(self, matrix: Tensor, bias: Tensor | None) -> None:
+        """Let the parameters live in memory that already holds their values: [..., out, in] and [out]."""
+        self.parameter.data = self._oriented(matrix)
+        if self.bias is not None and bias is not None:
+            self.bias.data = bias
+
     def _oriented(self, matrix: Tensor) -> Tensor:
         return matrix.mT if isinstance(self.owner, Conv1D) else matrix
 
@@ -142,10 +155,12 @@ def attention(norm: str, module: str, readers: tuple[str, ...], writer: str, *af
     return Branch(norm, (module, *after), inside, (f"{module}.{writer}",), takes_layer_arguments=True)
 
 
-def mlp(norm: str, module: str, readers: tuple[str, ...], writers: tuple[str, ...], *after: str) -> Branch:
-    """An MLP branch; ``readers`` and ``writers`` are names inside ``module``."""
-    inside = tuple(f"{module}.{reader}" for reader in readers)
-    return Branch(norm, (module, *after), inside, tuple(f"{module}.{writer}" for writer in writers))
+def mlp(
+    norm: str, module: str, readers: tuple[str, ...], writers: tuple[str, ...], activation: str, *after: str
+) -> Branch:
+    """An MLP branch; ``readers``, ``writers`` and ``activation`` are names inside ``module``."""
+    inside, outside = (tuple(f"{module}.{name}" for name in names) for names in (readers, writers))
+    return Branch(norm, (module, *after), inside, outside, activation=f"{module}.{activation}")
 
 
 def sequential(attending: Branch, feeding: Branch) -> tuple[Sublayer, ...]:
@@ -160,12 +175,13 @@ def parallel(attending: Branch, feeding: Branch) -> tuple[Sublayer, ...]:
 
 QKV = ("q_proj", "k_proj", "v_proj")
 SELF_ATTENTION = attention("input_layernorm", "self_attn", QKV, "o_proj")
-GATED_MLP = mlp("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), ("down_proj",))
+GATED_MLP = mlp("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), ("down_proj",), "act_fn")
 GATED_EXPERTS = mlp(
     "post_attention_layernorm",
     "mlp",
     ("gate_proj", "up_proj", "gate", "experts.gate_up_proj"),  # dense layers have the first two, sparse ones the rest
     ("down_proj", "experts.down_proj"),
+    "act_fn",
 )
 
 LLAMA = Architecture(sequential(SELF_ATTENTION, GATED_MLP))
@@ -173,19 +189,19 @@ MIXTURE_OF_EXPERTS = Architecture(sequential(SELF_ATTENTION, GATED_EXPERTS), kee
 PHI3 = Architecture(
     sequential(
         attention("input_layernorm", "self_attn", ("qkv_proj",), "o_proj", "resid_attn_dropout"),
-        mlp("post_attention_layernorm", "mlp", ("gate_up_proj",), ("down_proj",), "resid_mlp_dropout"),
+        mlp("post_attention_layernorm", "mlp", ("gate_up_proj",), ("down_proj",), "activation_fn", "resid_mlp_dropout"),
     )
 )
 PHI = Architecture(
     parallel(
         attention("input_layernorm", "self_attn", QKV, "dense", "resid_dropout"),
-        mlp("input_layernorm", "mlp", ("fc1",), ("fc2",), "resid_dropout"),
+        mlp("input_layernorm", "mlp", ("fc1",), ("fc2",), "activation_fn", "resid_dropout"),
     ),
     final_norm="model.final_layernorm",
     centered=True,
 )
 GPT2 = Architecture(
-    sequential(attention("ln_1", "attn", ("c_attn",), "c_proj"), mlp("ln_2", "mlp", ("c_fc",), ("c_proj",))),
+    sequential(attention("ln_1", "attn", ("c_attn",), "c_proj"), mlp("ln_2", "mlp", ("c_fc",), ("c_proj",), "act")),
     embeddings=("transformer.wte", "transformer.wpe"),
     layers="transformer.h",
     final_norm="transformer.ln_f",
@@ -205,7 +221,7 @@ def opt(config: PreTrainedConfig) -> Architecture:
     return Architecture(
         sequential(
             attention("self_attn_layer_norm", "self_attn", QKV, "out_proj"),
-            Branch("final_layer_norm", ("fc1", "activation_fn", "fc2"), ("fc1",), ("fc2",)),
+            Branch("final_layer_norm", ("fc1", "activation_fn", "fc2"), ("fc1",), ("fc2",), activation="activation_fn"),
         ),
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         layers="model.decoder.layers",
@@ -220,7 +236,7 @@ def gpt_neox(config: PreTrainedConfig) -> Architecture:
     return Architecture(
         form(
             attention("input_layernorm", "attention", ("query_key_value",), "dense", "post_attention_dropout"),
-            mlp("post_attention_layernorm", "mlp", ("dense_h_to_4h",), ("dense_4h_to_h",), "post_mlp_dropout"),
+            mlp("post_attention_layernorm", "mlp", ("dense_h_to_4h",), ("dense_4h_to_h",), "act", "post_mlp_dropout"),
         ),
         embeddings=("gpt_neox.embed_in",),
         layers="gpt_neox.layers",
@@ -246,7 +262,7 @@ def falcon(config: PreTrainedConfig) -> Architecture:
     return Architecture(
         (parallel if in_parallel else sequential)(
             attention(norms[0], "self_attention", ("query_key_value",), "dense"),
-            mlp(norms[1], "mlp", ("dense_h_to_4h",), ("dense_4h_to_h",)),
+            mlp(norms[1], "mlp", ("dense_h_to_4h",), ("dense_4h_to_h",), "act"),
         ),
         embeddings=("transformer.word_embeddings",),
         layers="transformer.h",

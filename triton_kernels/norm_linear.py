@@ -3,12 +3,13 @@
             K = d                        W [n, d]: n - u rows, then u unscaled rows
       h  +---------+                   y [M, out + u]
     [M,d]| BM x BK |--> acc [BM, BN] --> * rstd, + b, act --> +------------------+-----+
-         +---------+     fp32              (tiles of rows     |  act(rstd hW^T + b) | hW^T |
-            W^T --------^                   < n - u only)      +------------------+-----+
+         +---------+     fp32              (tiles of columns  |  act(rstd hW^T + b) | hW^T |
+            W^T --------^                   < out only)       +------------------+-----+
 
 A row scale commutes with the matmul, so h is never normalised in memory. Without ``sumsq`` every program sums the
-squares of its rows as they pass by. With a silu-gate, rows 2j and 2j+1 of W are gate and up row j, so both meet in
-one tile and the epilogue writes silu(gate) * up, half as wide.
+squares of its rows as they pass by. With a silu-gate, W holds the gate rows, then the up rows: a tile takes BN rows of
+the one and the same BN rows of the other against the same h, into two accumulators of equal layout, and the epilogue
+writes silu(gate) * up from registers. An unscaled tile then takes 2 BN neighbouring rows.
 
 Prefill, M > 16 (``norm_linear_prefill``): persistent programs own BM x BN tiles, chosen by the wave model; operands
 come by TMA from Hopper on. On Hopper the next tile's loads start under this tile's epilogue (flattened loop).
@@ -17,8 +18,8 @@ come by TMA from Hopper on. On Hopper the next tile's loads start under this til
     Floor  at M=4096, n=12288, d=2872, one H200 (780 TFLOP/s): 0.37 ms of MMA
     Share  not yet measured
 
-Decode, M <= 16 (``norm_linear_decode``): program (tile, split) streams BN rows of W over its share of K. W is the MMA's
-left operand, so 64 rows of it meet 16 rows of h. Shares go to a workspace; the last to arrive adds them in order.
+Decode, M <= 16 (``norm_linear_decode``): program (tile, split) streams its rows of W over its share of K. W is the
+MMA's left operand, so 64 rows of it meet 16 rows of h. Shares go to a workspace; the last to arrive adds them in order.
     Bytes  2 n d
     Floor  at n=12288, d=2872, one H200 (4.3 TB/s copy): 16.4 us
     Share  not yet measured
@@ -39,25 +40,32 @@ from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
 
 
 @triton.jit
-def column_tile(tile, scaled, columns, BN: tl.constexpr):
-    """First row of W that the ``tile``-th tile takes, and the end of its block: no tile straddles the two blocks."""
-    scaled_tiles = tl.cdiv(scaled, BN)
-    inside = tile < scaled_tiles
-    return tl.where(inside, tile * BN, scaled + (tile - scaled_tiles) * BN), tl.where(inside, scaled, columns)
+def locate(tile, out, unscaled, GATED: tl.constexpr, BN: tl.constexpr):
+    """Where the ``tile``-th tile lies: first rows of its blocks of W, first column of y, end of its part of y.
+
+    No tile straddles the scaled and the unscaled part. Without a gate there is no second block.
+    """
+    tiles = tl.cdiv(out, BN)
+    inside = tile < tiles
+    up_rows = out if GATED else 0
+    width = 2 * BN if GATED else BN  # of an unscaled tile
+    column = tl.where(inside, tile * BN, out + (tile - tiles) * width)
+    n = tl.where(inside, column, column + up_rows)
+    return n, n + tl.where(inside, up_rows, BN), column, tl.where(inside, out, out + unscaled)
 
 
 @triton.jit
 def finish(
     acc,  # [BM, BN] fp32
+    up,  # [BM, BN] fp32, of the second block of W, or None
     square,  # [BM] fp32: sum of h^2
     rows,  # [BM]
-    n,  # first row of W
-    end,  # end of its block
+    column,  # first column of y
+    end,  # end of its part of y
     bias,
     y,
     M,
-    scaled,  # rows of W that are scaled
-    out,  # columns of y that they give
+    out,  # columns of y that are scaled
     stride_y,
     eps,
     inverse_width,
@@ -67,30 +75,31 @@ def finish(
 ):
     """The epilogue: scale, bias, activation and store."""
     # Without branches: the compiler cannot flatten a tile loop around one.
-    w_rows = n + tl.arange(0, BN)
-    inside = end == scaled
-    scale = tl.where(inside, tl.rsqrt(square * inverse_width + eps), 1.0)
-    value = acc * scale[:, None]
+    columns = column + tl.arange(0, BN)
+    inside = end == out
+    scale = tl.where(inside, tl.rsqrt(square * inverse_width + eps), 1.0)[:, None]
+    value = acc * scale
     if bias is not None:
-        value += tl.load(bias + w_rows, mask=w_rows < scaled, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == "silu_gate":
-        gate, up = tl.split(tl.reshape(value, (value.shape[0], BN // 2, 2)))
-        columns = n // BN * (BN // 2) + tl.arange(0, BN // 2)
-        store_tile(y, rows, columns, M, tl.where(inside, out, 0), stride_y, activate(gate, "silu") * up)
-        if UNSCALED:
-            store_tile(y + (out - scaled), rows, w_rows, M, tl.where(inside, 0, end), stride_y, value)
-    else:
+        value += tl.load(bias + columns, mask=columns < out, other=0.0).to(tl.float32)[None, :]
+    if up is None:
         activated = activate(value, ACTIVATION)
+    else:
+        up *= scale
+        if bias is not None:
+            up += tl.load(bias + out + columns, mask=columns < out, other=0.0).to(tl.float32)[None, :]
+        activated = activate(value, "silu") * up
         if UNSCALED:
-            activated = tl.where(inside, activated, value)
-        store_tile(y, rows, w_rows, M, end, stride_y, activated)
+            store_tile(y, rows, columns + BN, M, tl.where(inside, 0, end), stride_y, up)
+    if UNSCALED:
+        activated = tl.where(inside, activated, value)
+    store_tile(y, rows, columns, M, end, stride_y, activated)
 
 
 @triton.jit
 def norm_linear_prefill(
     h,  # [M, K] pointer or descriptor of [BM, BK] blocks
-    w,  # [scaled + unscaled, K] pointer or descriptor of [BN, BK] blocks
-    bias,  # [scaled] or None
+    w,  # [n, K] pointer or descriptor of [BN, BK] blocks
+    bias,  # [n - unscaled] or None
     sumsq,  # [M] fp32 or None
     y,  # [M, out + unscaled]
     M,
@@ -116,28 +125,33 @@ def norm_linear_prefill(
     stride_h = stride_h * VEC
     stride_w = stride_w * VEC
     out = out * VEC_Y
-    scaled = out * 2 if ACTIVATION == "silu_gate" else out
-    columns = scaled + unscaled * VEC_Y
+    unscaled = unscaled * VEC_Y
+    GATED: tl.constexpr = ACTIVATION == "silu_gate"
+    w_rows = (2 * out if GATED else out) + unscaled
     tiles_m = tl.cdiv(M, BM)
-    tiles_n = tl.cdiv(scaled, BN) + tl.cdiv(unscaled * VEC_Y, BN)
+    tiles_n = tl.cdiv(out, BN) + tl.cdiv(unscaled, 2 * BN if GATED else BN)
 
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, 8)
         m = tile_m * BM
-        n, end = column_tile(tile_n, scaled, columns, BN)
+        n, n_up, column, end = locate(tile_n, out, unscaled, GATED, BN)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
+        up = tl.zeros((BM, BN), dtype=tl.float32) if GATED else None
         square = tl.zeros((BM,), dtype=tl.float32)
         for k in range(0, K, BK):
             h_tile = load_tile(h, m, k, M, K, stride_h, TMA, BM, BK)
-            w_tile = load_tile(w, n, k, columns, K, stride_w, TMA, BN, BK)
+            w_tile = load_tile(w, n, k, w_rows, K, stride_w, TMA, BN, BK)
             if sumsq is None:
                 square += tl.sum(h_tile.to(tl.float32) * h_tile.to(tl.float32), axis=1)
             acc = tl.dot(h_tile, tl.trans(w_tile), acc, input_precision="ieee")
+            if GATED:
+                up_tile = load_tile(w, n_up, k, w_rows, K, stride_w, TMA, BN, BK)
+                up = tl.dot(h_tile, tl.trans(up_tile), up, input_precision="ieee")
         rows = m + tl.arange(0, BM)
         if sumsq is not None:
             square = tl.load(sumsq + rows, mask=rows < M, other=1.0)
         finish(
-            acc, square, rows, n, end, bias, y, M, scaled, out, stride_y * VEC_Y, eps, inverse_width,
+            acc, up, square, rows, column, end, bias, y, M, out, stride_y * VEC_Y, eps, inverse_width,
             ACTIVATION, UNSCALED, BN,
         )  # fmt: skip
 
@@ -145,11 +159,11 @@ def norm_linear_prefill(
 @triton.jit
 def norm_linear_decode(
     h,  # [M, K], M <= BM
-    w,  # [scaled + unscaled, K]
-    bias,  # [scaled] or None
+    w,  # [n, K]
+    bias,  # [n - unscaled] or None
     sumsq,  # [M] fp32 or None
     y,  # [M, out + unscaled]
-    partial,  # [tiles, SPLIT, BN, BM] fp32
+    partial,  # [tiles, SPLIT, blocks of W, BN, BM] fp32
     partial_square,  # [tiles, SPLIT, BM] fp32
     counter,  # [tiles] int32, zero
     M,
@@ -175,42 +189,54 @@ def norm_linear_decode(
     stride_h = stride_h * VEC
     stride_w = stride_w * VEC
     out = out * VEC_Y
-    scaled = out * 2 if ACTIVATION == "silu_gate" else out
-    columns = scaled + unscaled * VEC_Y
+    unscaled = unscaled * VEC_Y
+    GATED: tl.constexpr = ACTIVATION == "silu_gate"
+    BLOCKS: tl.constexpr = 2 if GATED else 1
+    w_rows = (2 * out if GATED else out) + unscaled
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    n, end = column_tile(tile, scaled, columns, BN)
+    n, n_up, column, end = locate(tile, out, unscaled, GATED, BN)
     rows = tl.arange(0, BM)
 
     acc = tl.zeros((BN, BM), dtype=tl.float32)
+    up = tl.zeros((BN, BM), dtype=tl.float32) if GATED else None
     square = tl.zeros((BM,), dtype=tl.float32)
     first = split * split_k
     for k in range(first, tl.minimum(first + split_k, K), BK):
-        w_tile = load_tile(w, n, k, columns, K, stride_w, False, BN, BK)
+        w_tile = load_tile(w, n, k, w_rows, K, stride_w, False, BN, BK)
         h_tile = load_tile(h, 0, k, M, K, stride_h, False, BM, BK)
         if sumsq is None:
             square += tl.sum(h_tile.to(tl.float32) * h_tile.to(tl.float32), axis=1)
         acc = tl.dot(w_tile, tl.trans(h_tile), acc, input_precision="ieee")
+        if GATED:
+            up_tile = load_tile(w, n_up, k, w_rows, K, stride_w, False, BN, BK)
+            up = tl.dot(up_tile, tl.trans(h_tile), up, input_precision="ieee")
 
     complete = True
     if SPLIT > 1:
         cells = tl.arange(0, BN)[:, None] * BM + rows[None, :]
         share = tile.to(tl.int64) * SPLIT + split
-        tl.store(partial + share * (BN * BM) + cells, acc)
+        tl.store(partial + share * (BLOCKS * BN * BM) + cells, acc)
+        if GATED:
+            tl.store(partial + share * (BLOCKS * BN * BM) + BN * BM + cells, up)
         tl.store(partial_square + share * BM + rows, square)
         complete = arrives_last(counter + tile, SPLIT)
         if complete:
             acc = tl.zeros((BN, BM), dtype=tl.float32)
+            up = tl.zeros((BN, BM), dtype=tl.float32) if GATED else None
             square = tl.zeros((BM,), dtype=tl.float32)
             for other in range(SPLIT):
                 share = tile.to(tl.int64) * SPLIT + other
-                acc += tl.load(partial + share * (BN * BM) + cells, cache_modifier=".cg")
+                acc += tl.load(partial + share * (BLOCKS * BN * BM) + cells, cache_modifier=".cg")
+                if GATED:
+                    up += tl.load(partial + share * (BLOCKS * BN * BM) + BN * BM + cells, cache_modifier=".cg")
                 square += tl.load(partial_square + share * BM + rows, cache_modifier=".cg")
     if complete:
         if sumsq is not None:
             square = tl.load(sumsq + rows, mask=rows < M, other=1.0)
+        up_t = tl.trans(up) if GATED else None
         finish(
-            tl.trans(acc), square, rows, n, end, bias, y, M, scaled, out, stride_y * VEC_Y, eps, inverse_width,
+            tl.trans(acc), up_t, square, rows, column, end, bias, y, M, out, stride_y * VEC_Y, eps, inverse_width,
             ACTIVATION, UNSCALED, BN,
         )  # fmt: skip
 
@@ -229,19 +255,21 @@ def norm_linear(
     """``act(rsqrt(sumsq / full_width + eps) * (h W^T) + b)``; arguments as in the op. ``tile`` overrules the choice."""
     h, weight = matrix(h), matrix(weight)
     (M, K), N = h.shape, weight.shape[0]
-    out = (N - unscaled) // 2 if activation == "silu_gate" else N - unscaled
+    blocks = 2 if activation == "silu_gate" else 1  # of W in a tile
+    out = (N - unscaled) // blocks
     y = torch.empty(M, out + unscaled, dtype=h.dtype, device=h.device)
     gpu = gpu_of(h.device)
     vec = vector_width(h, weight)
     tile = tile or choose_tile(gpu, "norm_linear", h.dtype, M, N, K, vec > 1, activation)
-    tiles_n = triton.cdiv(N - unscaled, tile.n) + triton.cdiv(unscaled, tile.n)
+    block_n = tile.n // blocks
+    tiles_n = triton.cdiv(out, block_n) + triton.cdiv(unscaled, tile.n)
     vec_y = 16 // y.element_size()
     if out % vec_y or unscaled % vec_y:
         vec_y = 1
     bias = None if bias is None else bias.contiguous()
     sumsq = None if sumsq is None else sumsq.contiguous()
     sizes = (M, K // vec, out // vec_y, unscaled // vec_y, h.stride(0) // vec, weight.stride(0) // vec)
-    options = dict(ACTIVATION=activation, UNSCALED=unscaled > 0, VEC=vec, VEC_Y=vec_y, **tile.meta())
+    options = dict(ACTIVATION=activation, UNSCALED=unscaled > 0, VEC=vec, VEC_Y=vec_y, **tile.meta() | {"BN": block_n})
     stride_y, inverse_width = y.stride(0) // vec_y, 1.0 / full_width
 
     if M <= DECODE_ROWS:
@@ -260,7 +288,7 @@ def norm_linear(
     launch(
         norm_linear_prefill, (min(tiles, programs(gpu, tile, h.element_size())),), h.device,
         TensorDescriptor.from_tensor(h, [tile.m, tile.k]) if tma else h,
-        TensorDescriptor.from_tensor(weight, [tile.n, tile.k]) if tma else weight,
+        TensorDescriptor.from_tensor(weight, [block_n, tile.k]) if tma else weight,
         bias, sumsq, y, *sizes, stride_y, eps, inverse_width,
         TMA=tma, FLATTEN=tma and gpu.capability[0] == 9, **options,  # elsewhere flattening spills registers
     )  # fmt: skip

@@ -57,12 +57,13 @@ TILES = {
     9: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5)),
     10: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
 }
-DECODE_TILES = (Tile(16, 64, 128, 4, 4), Tile(16, 128, 64, 4, 4))
+# Keyed on the blocks of W in a tile, two with a gate: an MMA takes 64 rows of W on its left, so a block has no fewer.
+DECODE_TILES = {1: (Tile(16, 64, 128, 4, 4), Tile(16, 128, 64, 4, 4)), 2: (Tile(16, 128, 64, 4, 4),)}
 # For fp32, which runs on the FMA units, and for rows that are not 16-byte aligned, which load element by element.
 SMALL_TILES = (Tile(64, 64, 32, 4, 3),)
-SMALL_DECODE_TILES = (Tile(16, 64, 64, 4, 3),)
-# Epilogues that need registers (erf, the gate's split, the added residual): at most 64 accumulators per thread then.
-HEAVY_EPILOGUES = {8: ("gelu",), 9: ("gelu", "low rank"), 10: ("gelu", "silu_gate", "add", "low rank")}
+SMALL_DECODE_TILES = {1: (Tile(16, 64, 64, 4, 3),), 2: (Tile(16, 128, 32, 4, 3),)}
+# Epilogues that need registers (erf, the added residual): at most 64 accumulators per thread then.
+HEAVY_EPILOGUES = {8: ("gelu",), 9: ("gelu", "low rank"), 10: ("gelu", "add", "low rank")}
 TILE_OVERHEAD = 2000  # clocks to fill the pipeline and write a tile out
 
 
@@ -78,7 +79,7 @@ def tiles_for(gpu: Gpu, dtype: torch.dtype, m: int, aligned: bool, epilogue: str
     """
     large = aligned and dtype != torch.float32
     if m <= DECODE_ROWS:
-        return DECODE_TILES if large else SMALL_DECODE_TILES
+        return (DECODE_TILES if large else SMALL_DECODE_TILES)[2 if epilogue == "silu_gate" else 1]
     tiles = TILES[generation(gpu)] if large else SMALL_TILES
     most = 64 if epilogue in HEAVY_EPILOGUES[generation(gpu)] else 128
     return tuple(tile for tile in tiles if tile.m * tile.n <= most * 32 * tile.warps)

@@ -39,13 +39,13 @@ def test_wave_model_counts_true_widths(cache):
     assert tiles.clocks(H200, large, 128, 132 * 256 + 8, 4096) == 2 * tiles.clocks(H200, large, 128, 132 * 256, 4096)
     assert tiles.clocks(H200, small, 2048, 2048 + 8, 4096) > tiles.clocks(H200, small, 2048, 2048, 4096)
     assert choose(64, 512, 4096).m == 64
-    assert choose(16, 12288, 2872) == tiles.DECODE_TILES[0]
+    assert choose(16, 12288, 2872) == tiles.DECODE_TILES[1][0]
 
 
 @pytest.mark.parametrize("k", [1, 64, 2872, 13880])
 @pytest.mark.parametrize("count", [1, 45, 192, 1000])
 def test_splits_cover_k(count, k):
-    split, split_k = tiles.choose_split(H200, tiles.DECODE_TILES[0], count, k)
+    split, split_k = tiles.choose_split(H200, tiles.DECODE_TILES[1][0], count, k)
     assert (split - 1) * split_k < k <= split * split_k
     if count == 1000:
         assert split == 1

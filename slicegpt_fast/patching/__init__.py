@@ -1,0 +1,191 @@
+"""``patch_model``: run a Hugging Face model's decoder layers on the fused ops, in place, and undo it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.ops.dispatch import BACKENDS, OPS
+from slicegpt_fast.patching.head import FusedHead
+from slicegpt_fast.patching.layers import DTYPES, FusedLayer, FusedSublayer, NotFusable, Requests
+from slicegpt_fast.patching.report import PatchReport, Row
+
+__all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
+
+
+@dataclass
+class Patch:
+    """What was done to a model; kept on the model."""
+
+    options: tuple[str, tuple[str, ...], tuple[str, ...]]
+    parts: dict[str, FusedSublayer | FusedHead | str] = field(default_factory=dict)  # str: why it stays as it is
+    layers: list[FusedLayer] = field(default_factory=list)
+
+    def forwards(self) -> Iterator[tuple[nn.Module, str, object]]:
+        """Module, attribute and value of everything that is set on the model."""
+        for part in self.parts.values():
+            if not isinstance(part, str):
+                yield from ((module, "forward", forward) for module, forward in part.forwards.items())
+        for fused in self.layers:
+            yield fused.layer, fused.slot, fused.replacement
+
+
+def patch_model(
+    model: PreTrainedModel,
+    *,
+    backend: str = "auto",
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+    strict: bool = False,
+) -> PreTrainedModel:
+    """Runs the decoder layers of ``model`` on the fused ops, in place, for this instance alone.
+
+    Fused is what runs in evaluation mode and without autograd (``generate``, ``torch.no_grad()``); everything else goes
+    through the layers as they were, and so does a sublayer on which somebody hangs a hook or an adapter later.
+    Parameters keep their names, shapes and values; those that one op reads together come to lie in one matrix. A dense
+    model's norm weights are folded into a copy of the matrices that read them: slice first to save that memory.
+
+    Patch after moving the model to its device and dtype, and before ``torch.compile``.
+
+    Args:
+        model: a causal language model of transformers, sliced or dense, of a family that can be sliced.
+        backend: which kernels: "auto", "reference", "cpu", "triton" or "cuda".
+        include, exclude: patterns (``fnmatch``) of the names that ``patch_report`` lists, such as
+            "model.layers.3.attention" or "*.feedforward".
+        strict: raise instead of warn where nothing could be fused.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        InputError: not such a model, an unsupported dtype, a layer split over devices, a backend that cannot run
+            here, a pattern that fits nothing, or a model that was patched with other options.
+    """
+    architecture = architecture_of(model)
+    if backend not in BACKENDS:
+        raise InputError(f"argument backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
+    options = (backend, _patterns("include", include), _patterns("exclude", exclude))
+    existing = _patch_of(model)
+    if existing is not None:
+        if existing.options != options:
+            raise InputError("the model is already patched with other options: call unpatch_model first.")
+        return model
+    if model.dtype not in DTYPES:
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise InputError(f"model has dtype {model.dtype}; the ops take {dtypes}: convert it with model.to().")
+
+    names = [f"{architecture.layers}.{index}.{sublayer.name}" for index, _, sublayer in architecture.sites(model)]
+    head = model.get_output_embeddings()
+    head_name = next(name for name, module in model.named_modules() if module is head)
+    for pattern in options[1] + options[2]:
+        if not any(fnmatchcase(name, pattern) for name in (*names, head_name)):
+            raise InputError(f"no part of the model is called {pattern!r}; the parts are {names[0]} ... {head_name}.")
+
+    patch = Patch(options)
+    layers: dict[int, FusedLayer] = {}
+    for name, (index, layer, sublayer) in zip(names, architecture.sites(model), strict=True):
+        _check_devices(f"{architecture.layers}.{index}", layer)
+        part = patch.parts[name] = _fused(name, options, partial(FusedSublayer, layer, sublayer))
+        if isinstance(part, FusedSublayer):
+            layers.setdefault(index, FusedLayer(layer, architecture)).sublayers[sublayer.name] = part
+    patch.parts[head_name] = _fused(head_name, options, partial(FusedHead, head))
+    patch.layers = list(layers.values())
+
+    if not patch.layers:
+        message = f"no decoder layer was patched: {next(filter(str, patch.parts.values()))}."
+        if strict:
+            raise InputError(message)
+        warnings.warn(message, stacklevel=2)
+    model._slicegpt_fast_patch = patch  # type: ignore[assignment]
+    try:
+        for fused in patch.layers:
+            fused.pack()
+        for module, attribute, forward in patch.forwards():
+            setattr(module, attribute, forward)
+    except BaseException:
+        unpatch_model(model)
+        raise
+    return model
+
+
+def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes ``patch_model``: the model computes bit for bit what it did before. No effect on a model without a patch.
+
+    Returns:
+        ``model``.
+    """
+    patch = _patch_of(model)
+    if patch is None:
+        return model
+    del model._slicegpt_fast_patch
+    for module, attribute, forward in patch.forwards():
+        if module.__dict__.get(attribute) == forward:
+            delattr(module, attribute)
+    for fused in patch.layers:
+        fused.release()
+    return model
+
+
+def patch_report(model: PreTrainedModel) -> PatchReport:
+    """What serves each part of a patched model now, or why it runs as it did before.
+
+    Raises:
+        InputError: the model is not patched.
+    """
+    patch = _patch_of(model)
+    if patch is None:
+        raise InputError("the model is not patched: call patch_model first.")
+    return PatchReport(tuple(_row(name, part, patch.options[0]) for name, part in patch.parts.items()))
+
+
+def _row(name: str, part: FusedSublayer | FusedHead | str, backend: str) -> Row:
+    reason = part if isinstance(part, str) else "training mode" if part.module.training else part.changed()
+    if isinstance(part, str) or reason is not None:
+        return Row(name, "", "", "", 0, reason)
+    decode, prefill = _backends(part.requests(), backend)
+    return Row(name, " + ".join(request.op for request, _ in part.requests()), decode, prefill, part.copied_bytes, None)
+
+
+def _backends(requests: Requests, backend: str) -> tuple[str, ...]:
+    """The backends that serve a part's ops in decode and in prefill."""
+    chosen = [[OPS[each.op].choose(backend, each) if each else "torch" for each in pair] for pair in requests]
+    return tuple(" + ".join(dict.fromkeys(names)) for names in zip(*chosen, strict=True))
+
+
+def _fused(
+    name: str, options: tuple[str, tuple[str, ...], tuple[str, ...]], fuse: Callable[[str], FusedSublayer | FusedHead]
+) -> FusedSublayer | FusedHead | str:
+    """A part in its fused form, or why it stays as it is."""
+    backend, include, exclude = options
+    if not any(fnmatchcase(name, pattern) for pattern in include) or any(fnmatchcase(name, p) for p in exclude):
+        return "left out by include or exclude"
+    try:
+        part = fuse(backend)
+    except NotFusable as reason:
+        return str(reason)
+    _backends(part.requests(), backend)  # raises where the backend cannot run here
+    return part
+
+
+def _patch_of(model: PreTrainedModel) -> Patch | None:
+    return model.__dict__.get("_slicegpt_fast_patch")
+
+
+def _patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise InputError(f"argument {argument} is one string; pass a list of patterns.")
+    return tuple(patterns)
+
+
+def _check_devices(name: str, layer: nn.Module) -> None:
+    devices = sorted({str(p.device) for p in layer.parameters() if p.device.type != "meta"})
+    if len(devices) > 1:
+        raise InputError(f"{name} has weights on {' and '.join(devices)}: move each decoder layer to one device.")
