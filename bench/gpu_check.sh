@@ -8,7 +8,7 @@ out=${2:-build/gpu-check}
 mkdir -p "$out"
 "$python" -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "error: no CUDA device.")'
 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
-"$python" -m pytest tests/ops -m "not slow" -q --junitxml "$out/tests.xml"
+"$python" -m pytest tests/ops tests/native -m "not slow" -q --junitxml "$out/tests.xml"
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" bench/sanitize.py

@@ -115,6 +115,15 @@ void add_up(const Warp& sums, Slot slot, int64_t (&out)[kMaxRows][kTileRows], in
   }
 }
 
+// Rows that the activations do not have must count as zeros.
+void check_padding(const int64_t (&out)[kMaxRows][kTileRows], int M) {
+  for (int m = M; m < kMaxRows; ++m) {
+    for (int64_t value : out[m]) {
+      if (value != 0) fail("a row beyond M holds", m, value);
+    }
+  }
+}
+
 int64_t dot(const uint16_t* a, int64_t step_a, const uint16_t* b, int64_t step_b, int64_t K) {
   int64_t sum = 0;
   for (int64_t k = 0; k < K; ++k) sum += static_cast<int64_t>(a[k * step_a]) * b[k * step_b];
@@ -142,6 +151,7 @@ void norm_linear(int M, int64_t scaled, int64_t unscaled, bool gated, int K, int
         add_up(sums, halves_slot, out, square);
       }
     }
+    check_padding(out, M);
     for (int slot = 0; slot < kTileRows; ++slot) {
       const int half = slot / kHalfRows, index = slot % kHalfRows;
       if (index >= rows.count[half]) continue;
@@ -202,6 +212,7 @@ void residual_linear(int M, int64_t n, int K, int K2, bool along_n, int splits) 
         add_up(sums, runs_slot, out, square);
       }
     }
+    check_padding(out, M);
     for (int slot = 0; slot < kTileRows && tile * kTileRows + slot < n; ++slot) {
       const int64_t row = tile * kTileRows + slot;
       for (int m = 0; m < M; ++m) {
