@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # One pip command for the package and everything it needs, so that the pinned torch is the only one that is downloaded.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp)
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(NATIVE)
 
 .PHONY: help quickstart test test-slow sanitize gpu-check wheel format clean
@@ -20,7 +21,7 @@ test: $(VENV)/.installed-test  ## check style and types, then run the fast tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy slicegpt_fast
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/pytest -m "not slow"
 
 test-slow: $(VENV)/.installed-test  ## run the tests that `make test` leaves out
@@ -41,7 +42,7 @@ wheel: | $(BIN)/python  ## build a wheel for this Python into dist/
 format: $(VENV)/.installed-test  ## put all sources into the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:  ## remove everything built, but not .venv
 	rm -rf build dist *.egg-info slicegpt_fast/_C.*.so $(VENV)/.installed*

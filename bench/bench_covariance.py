@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernels import interleaved_us, main, median_us
+from kernels import interleaved_us, main, median_us, unless_refused
 
 from slicegpt_fast.ops import covariance_
 
@@ -27,12 +27,14 @@ def on_gpu() -> list[dict[str, Any]]:
         acc = torch.zeros(D, D, dtype=torch.float64, device="cuda")
         ours = median_us(partial(covariance_, acc, x, backend="triton"))
         scaled = median_us(partial(covariance_, acc, x, row_scale, backend="triton"))
+        by_cuda = unless_refused(median_us, partial(covariance_, acc, x, backend="cuda"))
         full = median_us(partial(torch.mm, x.T, x, out_dtype=torch.float32))
         fp64 = median_us(partial(covariance_, acc, x, backend="reference"))
         rows.append(
             {
                 "D": D,
                 "triton_us": ours,
+                "cuda_us": by_cuda,
                 "with_row_scale_us": scaled,
                 "full_matmul_us": full,
                 "fp64_us": fp64,

@@ -15,7 +15,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernels import copies, copy_bandwidth, cpu_copies, graph_us, interleaved_us, main, median_us, read_bandwidth
+from kernels import (
+    copies,
+    copy_bandwidth,
+    cpu_copies,
+    graph_us,
+    interleaved_us,
+    main,
+    median_us,
+    read_bandwidth,
+    unless_refused,
+)
 
 from slicegpt_fast.ops import norm_linear
 
@@ -72,6 +82,7 @@ def decode(rows_of_h: tuple[int, ...]) -> list[dict[str, Any]]:
                 h = torch.randn(M, d, dtype=torch.bfloat16, device="cuda")
                 rest = (None, EPS, 4096, None, activation)
                 ours = graph_us([partial(norm_linear, h, w, *rest, backend="triton") for w in weights])
+                by_cuda = unless_refused(graph_us, [partial(norm_linear, h, w, *rest, backend="cuda") for w in weights])
                 by_torch = graph_us([partial(torch_formulation, h, w, activation) for w in weights])
                 rows.append(
                     {
@@ -79,6 +90,7 @@ def decode(rows_of_h: tuple[int, ...]) -> list[dict[str, Any]]:
                         "M": M,
                         "d": d,
                         "triton_us": ours,
+                        "cuda_us": by_cuda,
                         "torch_us": by_torch,
                         "x torch": by_torch / ours,
                         "share of copy bandwidth (target 0.8)": 2 * n * d / (1e-6 * ours) / bandwidth,

@@ -14,7 +14,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernels import copies, copy_bandwidth, cpu_copies, graph_us, interleaved_us, main, median_us, read_bandwidth
+from kernels import (
+    copies,
+    copy_bandwidth,
+    cpu_copies,
+    graph_us,
+    interleaved_us,
+    main,
+    median_us,
+    read_bandwidth,
+    unless_refused,
+)
 
 from slicegpt_fast.ops import residual_linear
 
@@ -87,6 +97,7 @@ def decode(rows_of_a: tuple[int, ...]) -> list[dict[str, Any]]:
                 size = 2 * d * (k + d)
                 sets = [operands(M, d, k, "dense") for _ in range(copies(size))]
                 kernel = graph_us([partial(ours, *arguments) for arguments in sets])
+                by_cuda = unless_refused(graph_us, [partial(ours, *arguments, backend="cuda") for arguments in sets])
                 by_torch = graph_us([partial(torch_formulation, *arguments) for arguments in sets])
                 rows.append(
                     {
@@ -95,6 +106,7 @@ def decode(rows_of_a: tuple[int, ...]) -> list[dict[str, Any]]:
                         "M": M,
                         "d": d,
                         "triton_us": kernel,
+                        "cuda_us": by_cuda,
                         "torch_us": by_torch,
                         "x torch": by_torch / kernel,
                         "share of copy bandwidth (target 0.8)": size / (1e-6 * kernel) / bandwidth,

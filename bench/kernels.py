@@ -20,6 +20,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
+from slicegpt_fast.errors import InputError
 from slicegpt_fast.native import cpu_isa
 
 CPU_CACHE_BYTES = 96 << 20  # more than the last cache of the machines that are measured
@@ -43,6 +44,14 @@ def graph_us(calls: list[Callable[[], Any]]) -> float:
         for call in calls:
             call()
     return 1e3 * do_bench(graph.replay, warmup=50, rep=300, return_mode="median") / len(calls)
+
+
+def unless_refused(measure: Callable[[Any], float], calls: Any) -> float | None:
+    """``measure(calls)``, or None where the backend that they ask for cannot run here."""
+    try:
+        return measure(calls)
+    except InputError:
+        return None
 
 
 def copies(bytes_each: int) -> int:

@@ -19,6 +19,10 @@ extern "C" {
 enum {
   SGF_OK = 0,
   SGF_UNKNOWN_CPU_ISA = -1,
+  SGF_CUDA_BAD_ARGUMENT = -101,
+  SGF_CUDA_MISALIGNED = -102,
+  SGF_CUDA_OTHER_DEVICE = -103,
+  SGF_CUDA_WORKSPACE = -104,
 };
 
 // Element types.
@@ -89,6 +93,42 @@ int sgf_residual_linear(int dtype, int64_t M, int64_t n, int64_t K, const void* 
 int sgf_cuda_probe(int32_t* out, int threads, void* stream);
 
 const char* sgf_cuda_status_text(int status);
+
+// What a launch needs from its caller: `workspace` fp32 cells, and `counters` int32 cells that hold zero, which is what
+// they hold again when the kernel has ended. `splits` is how many blocks share a tile.
+typedef struct {
+  int splits;
+  int64_t workspace, counters;
+} sgf_cuda_plan;
+
+// norm_linear and residual_linear of slicegpt_fast/ops for 1 <= M <= 16 rows of fp16 or bf16, on compute capability 8.0
+// and later. Matrices are row-major; a null bias, sumsq (of norm_linear) or residual is absent. inverse_width is 1 / D.
+// The plan is for the same sizes and a GPU of `sms` multiprocessors. All pointers lie on the current device.
+sgf_cuda_plan sgf_cuda_norm_linear_plan(int M, int64_t scaled, int64_t unscaled, int K, int activation, int sms);
+int sgf_cuda_norm_linear(const void* h, int64_t stride_h, const void* weight, int64_t stride_weight, const void* bias,
+                         const float* sumsq, void* y, int64_t stride_y, int M, int64_t scaled, int64_t unscaled, int K,
+                         float eps, float inverse_width, int activation, int dtype, sgf_cuda_plan plan,
+                         float* workspace, int32_t* counters, void* stream);
+
+// a2 [M, K2] and weight2 are the shortcut's pair, absent where K2 is 0. weight2 is [K2, n] where weight2_along_n is 1,
+// and [n, K2], the transposed matrix, where it is 0.
+sgf_cuda_plan sgf_cuda_residual_linear_plan(int M, int64_t n, int K, int K2, int sms);
+int sgf_cuda_residual_linear(const void* a, int64_t stride_a, const void* weight, int64_t stride_weight, const void* a2,
+                             int64_t stride_a2, const void* weight2, int64_t stride_weight2, int weight2_along_n,
+                             const void* bias, const void* residual, int64_t stride_residual, void* y, int64_t stride_y,
+                             float* sumsq, int M, int64_t n, int K, int K2, int dtype, sgf_cuda_plan plan,
+                             float* workspace, int32_t* counters, void* stream);
+
+#ifdef SGF_SM90A
+// covariance_ of slicegpt_fast/ops on compute capability 9.0: acc [D, D], fp32 or fp64, symmetric, += X^T X for the
+// scaled and selected rows of x [N, D] in fp16 or bf16. row_scale [N] and mask [N] may be null. `planes` is room for a
+// prepared copy of x, [N, D rounded up to 8] elements, three of them with a row scale; it may be null where there is
+// neither scale nor mask, x is 16-byte aligned and its stride is a multiple of 8 and at least D.
+sgf_cuda_plan sgf_cuda_covariance_plan(int64_t N, int64_t D, int sms);
+int sgf_cuda_covariance(const void* x, int64_t stride, int64_t N, int64_t D, const float* row_scale,
+                        const uint8_t* mask, void* planes, void* acc, int64_t stride_row, int64_t stride_column,
+                        int acc_dtype, int dtype, sgf_cuda_plan plan, float* workspace, void* stream);
+#endif
 #endif
 
 #ifdef __cplusplus

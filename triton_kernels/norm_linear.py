@@ -32,7 +32,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import arrives_last, counters, fits_tma, gpu_of, launch, matrix, vector_width
+from slicegpt_fast.counters import counters
+
+from .launch import arrives_last, fits_tma, gpu_of, launch, matrix, vector_width
 from .matmul import activate, add_in_order, load_tile, store_tile, tile_position
 from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
 

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from slicegpt_fast.counters import counters
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops import kernel_table
 from slicegpt_fast.ops.tuning import block_shapes, tune
-from slicegpt_fast.triton_kernels import covariance, launch, tiles
+from slicegpt_fast.triton_kernels import covariance, tiles
 from slicegpt_fast.triton_kernels.launch import Gpu
 from slicegpt_fast.triton_kernels.tiles import Tile
 
@@ -112,16 +113,16 @@ def test_kernel_table_names_every_op():
 
 
 def test_counters_start_and_stay_zero(device):
-    cells = launch.counters(5, torch.device(device))
+    cells = counters(5, torch.device(device))
     assert cells.dtype == torch.int32
     assert (cells == 0).all()
-    assert launch.counters(3, torch.device(device)).data_ptr() == cells.data_ptr()
+    assert counters(3, torch.device(device)).data_ptr() == cells.data_ptr()
 
 
 @pytest.mark.gpu
 def test_captured_launches_own_their_counters():
     graph = torch.cuda.CUDAGraph()
-    launch.counters(8, torch.device("cuda", 0))
+    counters(8, torch.device("cuda", 0))
     with torch.cuda.graph(graph):
-        first, second = (launch.counters(8, torch.device("cuda", 0)) for _ in range(2))
+        first, second = (counters(8, torch.device("cuda", 0)) for _ in range(2))
     assert first.data_ptr() + 8 * 4 <= second.data_ptr()

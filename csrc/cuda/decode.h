@@ -1,0 +1,230 @@
+// Index arithmetic of the decode kernels (M <= 16): which lane loads what, and what it multiplies. For device and host.
+//
+// A tile is kTileRows rows of the weight, that is, columns of the output. A warp takes one chunk of kChunk k at a time
+// through two steps of mma.m16n8k16 for each of four 16-row blocks i: the weight is A, the activations are B. Lane
+// 4 * group + member holds, by the instruction's definition,
+//
+//     A  rows group and group + 8, k 2 member + {0, 1} and 2 member + {8, 9}
+//     B  column group (a row of the activations), the same k
+//     C  rows group and group + 8, columns 2 member + {0, 1}
+//
+// A dot product does not care about the order of k, nor a tile about that of its rows, as long as both operands and the
+// result agree. So the order is the one that makes 16-byte loads come out as fragments: member takes the 8 neighbouring
+// k from 8 * member of the chunk, 4 for each step, and each (i, half), with half 0 for A's row group and 1 for group +
+// 8, stands for a row ("slot") of the tile:
+//
+//     halves   slot = 32 half + 4 group + i    half 0 and half 1 may lie apart in the weight: gate and up rows
+//     runs     slot = 8 group + 2 i + half     8 neighbouring columns per lane, which is one load of a row-major S
+//
+// Eight loads of 16 bytes are one chunk of weight either way: 8 rows of k neighbours, or 8 k of row neighbours.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SGF_INLINE __host__ __device__ __forceinline__
+#else
+#define SGF_INLINE inline
+#endif
+
+namespace sgf::decode {
+
+constexpr int kMaxRows = 16;        // M
+constexpr int kMaxWidth = 1 << 30;  // K: a row's offsets are 32-bit, those of rows 64-bit
+constexpr int kTileRows = 64;       // rows of the weight
+constexpr int kHalfRows = kTileRows / 2;
+constexpr int kChunk = 32;  // k
+constexpr int kBlocks16 = kTileRows / 16;
+constexpr int kWarps = 8;
+constexpr int kLoads = 8;   // of 16 bytes per lane and chunk
+constexpr int kVector = 8;  // elements of 16 bits in one load
+
+struct Vector {
+  uint32_t pair[4];
+};
+
+struct Lane {
+  int group, member;
+};
+
+SGF_INLINE Lane lane_of(int lane) { return {lane >> 2, lane & 3}; }
+
+SGF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Integer>
+SGF_INLINE int clamp(Integer x, int most) {
+  return x < 0 ? 0 : x > most ? most : static_cast<int>(x);
+}
+
+SGF_INLINE int halves_slot(int group, int i, int half) { return kHalfRows * half + 4 * group + i; }
+
+SGF_INLINE int runs_slot(int group, int i, int half) { return 8 * group + 2 * i + half; }
+
+// Of a C fragment's four values: the half of the row, and the column.
+SGF_INLINE int accumulator_half(int c) { return c >> 1; }
+
+SGF_INLINE int accumulator_column(int member, int c) { return 2 * member + (c & 1); }
+
+// The rows of the weight that a norm_linear tile takes: slots 0..31 from first[0], slots 32..63 from first[1], as many
+// of each as count[] says. Scaled tiles stand first; no tile straddles the scaled and the unscaled rows.
+struct NormTile {
+  bool scaled;
+  int64_t first[2];
+  int count[2];
+  int64_t column;  // of the output, for slot 0
+};
+
+SGF_INLINE int64_t scaled_tiles(int64_t scaled, bool gated) {
+  return gated ? ceil_div(scaled / 2, kHalfRows) : ceil_div(scaled, kTileRows);
+}
+
+SGF_INLINE int64_t norm_tiles(int64_t scaled, int64_t unscaled, bool gated) {
+  return scaled_tiles(scaled, gated) + ceil_div(unscaled, kTileRows);
+}
+
+SGF_INLINE NormTile norm_tile(int64_t tile, int64_t scaled, int64_t unscaled, bool gated) {
+  const int64_t before = scaled_tiles(scaled, gated), columns = gated ? scaled / 2 : scaled;
+  const bool is_scaled = tile < before;
+  if (is_scaled && gated) {
+    const int64_t column = tile * kHalfRows;
+    const int count = clamp(columns - column, kHalfRows);
+    return {true, {column, columns + column}, {count, count}, column};
+  }
+  const int64_t row = is_scaled ? tile * kTileRows : scaled + (tile - before) * kTileRows;
+  const int64_t end = is_scaled ? scaled : scaled + unscaled;
+  return {is_scaled,
+          {row, row + kHalfRows},
+          {clamp(end - row, kHalfRows), clamp(end - row - kHalfRows, kHalfRows)},
+          is_scaled ? row : columns + row - scaled};
+}
+
+// One lane's share of an operand whose rows are contiguous along k: load v of a chunk is row (i, half) = (v / 2, v %
+// 2).
+struct KMajor {
+  const uint16_t* row[2];  // of i = 0, at this member's first k
+  int rows[2];             // how many i there are
+  int64_t step;            // elements from i to i + 1
+  int K;                   // that are left from this member's first
+
+  SGF_INLINE const uint16_t* at(int chunk, int v) const { return row[v % 2] + v / 2 * step + chunk * kChunk; }
+  // Elements of the load that exist; the others count as zero.
+  SGF_INLINE int count(int chunk, int v) const { return v / 2 < rows[v % 2] ? clamp(K - chunk * kChunk, kVector) : 0; }
+  static SGF_INLINE void fragment(const Vector (&loaded)[kLoads], int step, int i, uint32_t (&a)[4]) {
+    a[0] = loaded[2 * i].pair[2 * step];
+    a[1] = loaded[2 * i + 1].pair[2 * step];
+    a[2] = loaded[2 * i].pair[2 * step + 1];
+    a[3] = loaded[2 * i + 1].pair[2 * step + 1];
+  }
+};
+
+SGF_INLINE KMajor halves_of(const uint16_t* weight, int64_t stride, int K, const NormTile& tile, Lane lane) {
+  const uint16_t* origin = weight + 4 * lane.group * stride + lane.member * kVector;
+  return {{origin + tile.first[0] * stride, origin + tile.first[1] * stride},
+          {clamp(tile.count[0] - 4 * lane.group, kBlocks16), clamp(tile.count[1] - 4 * lane.group, kBlocks16)},
+          stride,
+          K - lane.member * kVector};
+}
+
+SGF_INLINE KMajor runs_of(const uint16_t* weight, int64_t stride, int64_t n, int K, int64_t tile, Lane lane) {
+  const int64_t row = tile * kTileRows + 8 * lane.group;
+  const uint16_t* origin = weight + row * stride + lane.member * kVector;
+  return {{origin, origin + stride},
+          {clamp((n - row + 1) / 2, kBlocks16), clamp((n - row) / 2, kBlocks16)},
+          2 * stride,
+          K - lane.member * kVector};
+}
+
+// One lane's share of S [K, n], contiguous along n, in runs: load v of a chunk is k = 8 member + v, columns 8 group and
+// after.
+struct NMajor {
+  const uint16_t* column;  // at this member's first k
+  int64_t stride;
+  int columns;
+  int K;
+
+  SGF_INLINE const uint16_t* at(int chunk, int v) const { return column + (chunk * kChunk + v) * stride; }
+  SGF_INLINE int count(int chunk, int v) const { return chunk * kChunk + v < K ? columns : 0; }
+  static SGF_INLINE void fragment(const Vector (&loaded)[kLoads], int step, int i, uint32_t (&a)[4]) {
+    for (int pair = 0; pair < 2; ++pair) {
+      const uint32_t even = loaded[4 * step + 2 * pair].pair[i], odd = loaded[4 * step + 2 * pair + 1].pair[i];
+      a[2 * pair] = (even & 0xffff) | (odd << 16);
+      a[2 * pair + 1] = (even >> 16) | (odd & 0xffff0000);
+    }
+  }
+};
+
+SGF_INLINE NMajor columns_of(const uint16_t* S, int64_t stride, int64_t n, int K, int64_t tile, Lane lane) {
+  const int64_t first = tile * kTileRows + 8 * lane.group;
+  return {S + first + lane.member * kVector * stride, stride, clamp(n - first, kVector), K - lane.member * kVector};
+}
+
+// One lane's share of the activations x [M, K]: load `block` of a chunk is row 8 block + group.
+struct Activations {
+  const uint16_t* row;  // of block 0, at this member's first k
+  int rows;             // how many blocks have this row
+  int64_t step;         // elements from block to block
+  int K;
+
+  SGF_INLINE const uint16_t* at(int chunk, int block) const { return row + block * step + chunk * kChunk; }
+  SGF_INLINE int count(int chunk, int block) const { return block < rows ? clamp(K - chunk * kChunk, kVector) : 0; }
+  static SGF_INLINE void fragment(const Vector& loaded, int step, uint32_t (&b)[2]) {
+    b[0] = loaded.pair[2 * step];
+    b[1] = loaded.pair[2 * step + 1];
+  }
+};
+
+SGF_INLINE Activations activations_of(const uint16_t* x, int64_t stride, int M, int K, Lane lane) {
+  return {x + lane.group * stride + lane.member * kVector, clamp((M - lane.group + 7) / 8, 2), 8 * stride,
+          K - lane.member * kVector};
+}
+
+// The chunks of one split: [first, last). Warp w of the block takes first + w, first + w + kWarps, ...
+struct Chunks {
+  int first, last;
+};
+
+SGF_INLINE int chunks_in(int K) { return K / kChunk + (K % kChunk != 0); }
+
+SGF_INLINE Chunks chunks_of(int chunks, int split, int splits) {
+  const int each = (chunks + splits - 1) / splits;
+  return {split * each, split * each + each < chunks ? split * each + each : chunks};
+}
+
+SGF_INLINE constexpr int padded_rows(int M) { return M <= 8 ? 8 : 16; }
+
+constexpr int kBlocksPerSm = 2;  // at once, which leaves a thread 128 registers
+
+// A split's chunks of the first operand pair, which has `chunks1` of them, and those of the second one, from its start.
+SGF_INLINE Chunks before(Chunks chunks, int chunks1) {
+  return {chunks.first, chunks.last < chunks1 ? chunks.last : chunks1};
+}
+
+SGF_INLINE Chunks after(Chunks chunks, int chunks1) {
+  return {chunks.first > chunks1 ? chunks.first - chunks1 : 0, chunks.last - chunks1};
+}
+
+// How many blocks share one tile's chunks: the cheapest under a model that has not been measured yet. A last wave of
+// less than a block per SM does not saturate memory; each block costs kBlockOverhead chunks for starting and adding up.
+constexpr int kMaxSplits = 16;
+constexpr int kBlockOverhead = 16;
+
+inline int choose_splits(int64_t tiles, int chunks, int sms) {
+  const int64_t slots = kBlocksPerSm * sms;
+  int best = 1;
+  int64_t best_cost = INT64_MAX;
+  for (int splits = 1; splits <= kMaxSplits && (splits == 1 || splits * kWarps <= chunks); ++splits) {
+    const int64_t blocks = tiles * splits, tail = blocks % slots;
+    const int64_t streamed = blocks - tail + (tail == 0 ? 0 : tail > sms ? tail : sms);
+    const int64_t cost = streamed * (ceil_div(chunks, splits) + kBlockOverhead);
+    if (cost < best_cost) best = splits, best_cost = cost;
+  }
+  return best;
+}
+
+// fp32 cells of the workspace: [tiles][splits] shares of a tile, padded to 8 or 16 rows of activations, and after them
+// one sum of squares per row and share. A single split needs none.
+SGF_INLINE int64_t shares_cells(int64_t tiles, int splits, int M) {
+  return splits > 1 ? tiles * splits * padded_rows(M) * (kTileRows + 1) : 0;
+}
+
+}  // namespace sgf::decode

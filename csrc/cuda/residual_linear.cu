@@ -1,0 +1,174 @@
+// residual_linear for M <= 16: h' = a W^T + b + shortcut(h), and each row's sum of squares of the rounded h'.
+//
+//        W [n, k]            S^T [n, d] (or V^T [n, r])         h' [M, n]
+//     +-----------------+  +-----------+      one tile         +---------+
+//     | 64 rows   ----->|  | --------> |  ------------------>  | 64 cols |  + b, + h, rounded; and of each row the
+//     +-----------------+  +-----------+                       +---------+  sum of squares, one per tile
+//       chunks 0 .. C1-1     chunks C1 .. C1+C2-1
+//
+// The shortcut is a second operand pair whose chunks follow the first one's: same accumulators, same splits, no kernel
+// of its own. S is read as it lies, along k or along n (decode.h). The block that finishes a tile writes it and leaves
+// its rows' squares in the workspace; the last tile of all to be finished adds those in the tiles' order.
+//
+//     Bytes  2 n (k + d)
+//     FLOPs  2 M n (k + d)
+//     Floor  at n=3072, k=11008, dense S, one H200 (4.3 TB/s copy): 20.1 us
+//     Share  not yet measured
+#include "cuda/decode.cuh"
+
+namespace {
+
+using namespace sgf::decode;
+
+struct Arguments {
+  const uint16_t* a;
+  const uint16_t* weight;
+  const uint16_t* a2;
+  const uint16_t* weight2;
+  const uint16_t* bias;
+  const uint16_t* residual;
+  uint16_t* y;
+  float* sumsq;
+  int64_t stride_a, stride_weight, stride_a2, stride_weight2, stride_residual, stride_y, n;
+  int M, K, K2;
+  bool weight2_along_n;
+  float* squares;  // [tiles][padded rows], after the shares
+  float* workspace;
+  int32_t* counters;  // one per tile, and the last one for all tiles
+};
+
+// sumsq[m] = the tiles' sums for that row, in an order that depends on their number alone.
+template <int kColumns>
+__device__ void add_squares(const float* squares, int64_t tiles, int M, float* sumsq) {
+  constexpr int kLanes = kThreads / kMaxRows;
+  const int m = threadIdx.x / kLanes;
+  float total = 0;
+  if (m < M) {
+    for (int64_t tile = threadIdx.x % kLanes; tile < tiles; tile += kLanes)
+      total += __ldcg(squares + tile * kColumns + m);
+  }
+#pragma unroll
+  for (int apart = kLanes / 2; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffff, total, apart);
+  if (m < M && threadIdx.x % kLanes == 0) sumsq[m] = total;
+}
+
+template <class Element, int kColumns, bool kAligned>
+__global__ __launch_bounds__(kThreads, kBlocksPerSm) void residual_linear_decode(Arguments p) {
+  __shared__ Shared<kColumns> shared;
+  const int64_t tile = blockIdx.x;
+  const int chunks1 = chunks_in(p.K);
+  const Chunks chunks = chunks_of(chunks1 + chunks_in(p.K2), blockIdx.y, gridDim.y);
+  const Chunks first = before(chunks, chunks1), second = after(chunks, chunks1);
+  const Lane lane = lane_of(threadIdx.x % 32);
+  const KMajor weight = runs_of(p.weight, p.stride_weight, p.n, p.K, tile, lane);
+
+  sgf::let_next_start();
+  prefetch(weight, first);
+  sgf::wait_for_previous();
+
+  Sums<kColumns> sums{};
+  const Activations a = activations_of(p.a, p.stride_a, p.M, p.K, lane);
+  stream<Element, kColumns, kAligned>(weight, a, first, false, sums);
+  if (second.first < second.last) {
+    const Activations a2 = activations_of(p.a2, p.stride_a2, p.M, p.K2, lane);
+    if (p.weight2_along_n) {
+      const NMajor weight2 = columns_of(p.weight2, p.stride_weight2, p.n, p.K2, tile, lane);
+      stream<Element, kColumns, kAligned>(weight2, a2, second, false, sums);
+    } else {
+      const KMajor weight2 = runs_of(p.weight2, p.stride_weight2, p.n, p.K2, tile, lane);
+      stream<Element, kColumns, kAligned>(weight2, a2, second, false, sums);
+    }
+  }
+  if (!add_up(sums, runs_slot, shared, p.workspace, p.counters)) return;
+
+  const int slot = threadIdx.x % kTileRows;
+  const int64_t column = tile * kTileRows + slot;
+  for (int m = threadIdx.x / kTileRows; m < p.M; m += kThreads / kTileRows) {
+    float square = 0;
+    if (column < p.n) {
+      float value = shared.tile[0][m][slot];
+      if (p.bias != nullptr) value += Element::widen(p.bias[column]);
+      if (p.residual != nullptr) value += Element::widen(p.residual[m * p.stride_residual + column]);
+      const uint16_t rounded = Element::round(value);
+      p.y[m * p.stride_y + column] = rounded;
+      square = Element::widen(rounded) * Element::widen(rounded);
+    }
+    // A row's 64 columns are two warps.
+#pragma unroll
+    for (int apart = 16; apart > 0; apart /= 2) square += __shfl_xor_sync(0xffffffff, square, apart);
+    if (threadIdx.x % 32 == 0) shared.square[slot / 32][m] = square;
+  }
+  __syncthreads();
+  if (threadIdx.x < p.M) {
+    p.squares[tile * kColumns + threadIdx.x] = shared.square[0][threadIdx.x] + shared.square[1][threadIdx.x];
+  }
+  if (!sgf::arrives_last(p.counters + gridDim.x, gridDim.x)) return;
+  add_squares<kColumns>(p.squares, gridDim.x, p.M, p.sumsq);
+}
+
+// [dtype is bf16][more than 8 rows][rows of 16-byte vectors]
+constexpr void (*kKernels[2][2][2])(Arguments) = {
+    {{residual_linear_decode<Half, 8, false>, residual_linear_decode<Half, 8, true>},
+     {residual_linear_decode<Half, 16, false>, residual_linear_decode<Half, 16, true>}},
+    {{residual_linear_decode<Bfloat16, 8, false>, residual_linear_decode<Bfloat16, 8, true>},
+     {residual_linear_decode<Bfloat16, 16, false>, residual_linear_decode<Bfloat16, 16, true>}},
+};
+
+int64_t workspace_cells(int64_t tiles, int splits, int M) {
+  return shares_cells(tiles, splits, M) + tiles * padded_rows(M);
+}
+
+}  // namespace
+
+sgf_cuda_plan sgf_cuda_residual_linear_plan(int M, int64_t n, int K, int K2, int sms) {
+  const int64_t tiles = ceil_div(n, kTileRows);
+  const int splits = choose_splits(tiles, chunks_in(K) + chunks_in(K2), sms);
+  return {splits, workspace_cells(tiles, splits, M), tiles + 1};
+}
+
+int sgf_cuda_residual_linear(const void* a, int64_t stride_a, const void* weight, int64_t stride_weight, const void* a2,
+                             int64_t stride_a2, const void* weight2, int64_t stride_weight2, int weight2_along_n,
+                             const void* bias, const void* residual, int64_t stride_residual, void* y, int64_t stride_y,
+                             float* sumsq, int M, int64_t n, int K, int K2, int dtype, sgf_cuda_plan plan,
+                             float* workspace, int32_t* counters, void* stream) {
+  const int64_t tiles = ceil_div(n, kTileRows);
+  if (const int status = check_decode(M, tiles, K, dtype, plan, workspace_cells(tiles, plan.splits, M), tiles + 1,
+                                      workspace, counters)) {
+    return status;
+  }
+  if (a == nullptr || weight == nullptr || y == nullptr || sumsq == nullptr || K2 < 0 || K2 > kMaxWidth ||
+      (K2 > 0 && (a2 == nullptr || weight2 == nullptr))) {
+    return SGF_CUDA_BAD_ARGUMENT;
+  }
+  if (const int status = sgf::check_pointers({a, weight, a2, weight2, bias, residual, y}, sizeof(uint16_t))) {
+    return status;
+  }
+  if (const int status = sgf::check_pointers({sumsq, workspace, counters}, sizeof(float))) return status;
+  const bool aligned =
+      vectors(a, stride_a, K) && vectors(weight, stride_weight, K) &&
+      (K2 == 0 || (vectors(a2, stride_a2, K2) && vectors(weight2, stride_weight2, weight2_along_n != 0 ? n : K2)));
+  const Arguments arguments{static_cast<const uint16_t*>(a),
+                            static_cast<const uint16_t*>(weight),
+                            static_cast<const uint16_t*>(a2),
+                            static_cast<const uint16_t*>(weight2),
+                            static_cast<const uint16_t*>(bias),
+                            static_cast<const uint16_t*>(residual),
+                            static_cast<uint16_t*>(y),
+                            sumsq,
+                            stride_a,
+                            stride_weight,
+                            stride_a2,
+                            stride_weight2,
+                            stride_residual,
+                            stride_y,
+                            n,
+                            M,
+                            K,
+                            K2,
+                            weight2_along_n != 0,
+                            workspace + shares_cells(tiles, plan.splits, M),
+                            workspace,
+                            counters};
+  return sgf::launch(kKernels[dtype == SGF_BFLOAT16][M > 8][aligned], decode_grid(tiles, plan), kThreads, stream,
+                     arguments);
+}

@@ -1,0 +1,171 @@
+"""The ``cuda`` backend: the kernels of csrc/cuda, for tensors.
+
+``auto`` chooses none of them yet: they have not been measured.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicegpt_fast import _C
+from slicegpt_fast.counters import counters
+from slicegpt_fast.native import build_info
+from slicegpt_fast.ops.covariance import OP as COVARIANCE
+from slicegpt_fast.ops.dispatch import HALF, Request
+from slicegpt_fast.ops.norm_linear import OP as NORM_LINEAR
+from slicegpt_fast.ops.norm_linear import reference as norm_linear_reference
+from slicegpt_fast.ops.residual_linear import OP as RESIDUAL_LINEAR
+from slicegpt_fast.ops.residual_linear import reference as residual_linear_reference
+
+# Codes of csrc/slicegpt_fast.h.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_gate": 4}
+
+PREPARED_TOKENS = 16384  # bounds the copies of x that a row scale, a mask or a misaligned x calls for
+
+
+def refuses(request: Request) -> str | None:
+    """Why no kernel can run ``request``, whatever the op, or None."""
+    if build_info().cuda_compiler is None:
+        return "slicegpt-fast was built without CUDA"
+    if request.device.type != "cuda":
+        return f"it runs on CUDA devices, not on {request.device.type}"
+    if request.capability < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if request.dtype not in HALF:
+        return f"it has no {request.dtype} kernel"
+    return None
+
+
+def decode_refuses(request: Request) -> str | None:
+    """Why the decode kernels cannot run ``request``, or None."""
+    return refuses(request) or ("it has no kernel for more than 16 rows" if request.regime != "decode" else None)
+
+
+def covariance_refuses(request: Request) -> str | None:
+    """Why the covariance kernel cannot run ``request``, or None."""
+    if refusal := refuses(request):
+        return refusal
+    if request.capability != (9, 0):
+        return "it has a kernel for compute capability 9.0 only"
+    return None if "90a" in build_info().cuda_archs else "slicegpt-fast was built without the architecture 90a"
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current one, where it is not."""
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` itself where its rows are contiguous, else a copy whose rows are."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def covariance_(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> None:
+    """The op, on Hopper."""
+    if x.numel() == 0:
+        return
+    x, D = rows(x), x.shape[1]
+    row_scale = None if row_scale is None else row_scale.float().contiguous()
+    mask = None if mask is None else mask.contiguous()
+    readable = x.stride(0) >= D and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    prepare = not readable or row_scale is not None or mask is not None
+    step = PREPARED_TOKENS if prepare else x.shape[0]
+    with on(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        for first in range(0, x.shape[0], step):
+            part = slice(first, first + step)
+            N = x[part].shape[0]
+            planes = x.new_empty(1 if row_scale is None else 3, N, -(-D // 8) * 8) if prepare else None
+            plan = _C.cuda_covariance_plan(N, D, multiprocessors(x.device))
+            workspace = torch.empty(plan[1], dtype=torch.float32, device=x.device)
+            _C.cuda_covariance(
+                address(x[part]), x.stride(0), N, D,
+                address(None if row_scale is None else row_scale[part]), address(None if mask is None else mask[part]),
+                address(planes), address(acc), acc.stride(0), acc.stride(1), DTYPES[acc.dtype], DTYPES[x.dtype],
+                plan, address(workspace), stream,
+            )  # fmt: skip
+
+
+def norm_linear(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    full_width: int,
+    sumsq: Tensor | None,
+    activation: str | None,
+    unscaled: int,
+) -> Tensor:
+    """The op, for at most 16 rows."""
+    if h.numel() == 0 or weight.numel() == 0:
+        return norm_linear_reference(h, weight, bias, eps, full_width, sumsq, activation, unscaled)
+    h, weight = rows(h), rows(weight)
+    bias = None if bias is None else bias.contiguous()
+    sumsq = None if sumsq is None else sumsq.contiguous()
+    (M, K), scaled = h.shape, weight.shape[0] - unscaled
+    y = h.new_empty(M, (scaled // 2 if activation == "silu_gate" else scaled) + unscaled)
+    sizes, code = (M, scaled, unscaled, K), ACTIVATIONS[activation]
+    plan = _C.cuda_norm_linear_plan(*sizes, code, multiprocessors(h.device))
+    workspace = torch.empty(plan[1], dtype=torch.float32, device=h.device)
+    with on(h.device):
+        _C.cuda_norm_linear(
+            h.data_ptr(), h.stride(0), weight.data_ptr(), weight.stride(0), address(bias), address(sumsq),
+            y.data_ptr(), y.stride(0), *sizes, eps, 1.0 / full_width, code, DTYPES[h.dtype],
+            plan, workspace.data_ptr(), counters(plan[2], h.device).data_ptr(), torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return y
+
+
+def residual_linear(
+    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The op, for at most 16 rows."""
+    if a.numel() == 0 or weight.numel() == 0:
+        return residual_linear_reference(a, weight, bias, residual, a2, weight2)
+    a, weight = rows(a), rows(weight)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else rows(residual)
+    (M, K), n = a.shape, weight.shape[0]
+    along_n = True
+    if a2 is None or weight2 is None or a2.shape[1] == 0:
+        a2 = weight2 = None
+    else:
+        a2 = rows(a2)
+        along_n = weight2.stride(0) != 1  # else it is the transposed view of a linear layer's weight
+        weight2 = rows(weight2 if along_n else weight2.T)
+    y = a.new_empty(M, n)
+    sumsq = torch.empty(M, dtype=torch.float32, device=a.device)
+    sizes = (M, n, K, 0 if a2 is None else a2.shape[1])
+    plan = _C.cuda_residual_linear_plan(*sizes, multiprocessors(a.device))
+    workspace = torch.empty(plan[1], dtype=torch.float32, device=a.device)
+
+    def matrix(x: Tensor | None) -> tuple[int, int]:
+        return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+    with on(a.device):
+        _C.cuda_residual_linear(
+            *matrix(a), *matrix(weight), *matrix(a2), *matrix(weight2), along_n, address(bias), *matrix(residual),
+            *matrix(y), sumsq.data_ptr(), *sizes, DTYPES[a.dtype],
+            plan, workspace.data_ptr(), counters(plan[2], a.device).data_ptr(), torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return y, sumsq
+
+
+COVARIANCE.add_backend("cuda", covariance_, covariance_refuses)
+NORM_LINEAR.add_backend("cuda", norm_linear, decode_refuses)
+RESIDUAL_LINEAR.add_backend("cuda", residual_linear, decode_refuses)
