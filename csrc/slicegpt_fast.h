@@ -33,6 +33,15 @@ enum {
   SGF_FLOAT64 = 3,
 };
 
+// Activations.
+enum {
+  SGF_NO_ACTIVATION = 0,
+  SGF_RELU = 1,
+  SGF_GELU = 2,
+  SGF_GELU_TANH = 3,
+  SGF_SILU_GATE = 4,
+};
+
 // The sentence for a status, in static memory.
 const char* sgf_status_text(int status);
 
@@ -59,15 +68,6 @@ const char* sgf_cpu_isa_name(int level);
 int sgf_cuda_probe(int32_t* out, int threads, void* stream);
 
 const char* sgf_cuda_status_text(int status);
-
-// Activations.
-enum {
-  SGF_NO_ACTIVATION = 0,
-  SGF_RELU = 1,
-  SGF_GELU = 2,
-  SGF_GELU_TANH = 3,
-  SGF_SILU_GATE = 4,
-};
 
 // What a launch needs from its caller: `workspace` fp32 cells, and `counters` int32 cells that hold zero, which is what
 // they hold again when the kernel has ended. `splits` is how many blocks share a tile.
