@@ -18,7 +18,8 @@
 //
 //     FLOPs  N D (D + 390): half of a full matmul, and the tiles' overhang over the diagonal, which leaves 1.83 of the
 //            triangle's 2 times at D = 4096; twice that with a row scale
-//     Bytes  2 N D once while a split's tokens stay in L2; 4 D^2 written and read per split; 12 D^2 of acc in fp64
+//     Bytes  2 N D once while a split's tokens stay in L2; 2.2 D^2 written and read per split at D = 4096; 12 D^2 of
+//            acc in fp64
 //     L2     28 KB per block and step of 768 clocks of MMA
 //     Floor  at N=65536, D=4096, bf16, one H200 (780 TFLOP/s): 1.54 ms
 //     Share  not yet measured

@@ -1,6 +1,5 @@
 """The three ops: one file each, with the reference formulation that every kernel is held to."""
 
-from slicegpt_fast.ops import cuda as cuda
 from slicegpt_fast.ops.covariance import covariance_
 from slicegpt_fast.ops.dispatch import kernel_table, use_backend
 from slicegpt_fast.ops.norm_linear import norm_linear

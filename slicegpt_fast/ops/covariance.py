@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slicegpt_fast.ops import cpu
+from slicegpt_fast.ops import cpu, cuda
 from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, require, triton_refuses
 
 ROWS_PER_STEP = 4096  # bounds the fp64 copy of x
@@ -78,6 +78,11 @@ def _triton(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | Non
         covariance.covariance_(acc, x, row_scale, mask)
 
 
+def _cuda(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> None:
+    if x.numel() > 0:
+        cuda.covariance_(acc, x, row_scale, mask)
+
+
 OP = Op(
     "covariance_",
     "(Tensor(a!) acc, Tensor x, Tensor? row_scale, Tensor? mask, str backend) -> ()",
@@ -88,3 +93,4 @@ OP = Op(
 )
 OP.add_backend("cpu", cpu.covariance_, cpu.refuses)
 OP.add_backend("triton", _triton, triton_refuses)
+OP.add_backend("cuda", _cuda, cuda.covariance_refuses)

@@ -1,6 +1,7 @@
-"""The ``cuda`` backend: the kernels of csrc/cuda, for tensors.
+"""The ``cuda`` backend: from tensors to the kernels of csrc/cuda.
 
-``auto`` chooses none of them yet: they have not been measured.
+They are ``norm_linear`` and ``residual_linear`` for at most 16 rows, and ``covariance_`` on Hopper. ``auto`` chooses
+none of them yet: they have not been measured.
 """
 
 from __future__ import annotations
@@ -15,12 +16,7 @@ from torch import Tensor
 from slicegpt_fast import _C
 from slicegpt_fast.counters import counters
 from slicegpt_fast.native import build_info
-from slicegpt_fast.ops.covariance import OP as COVARIANCE
 from slicegpt_fast.ops.dispatch import HALF, Request
-from slicegpt_fast.ops.norm_linear import OP as NORM_LINEAR
-from slicegpt_fast.ops.norm_linear import reference as norm_linear_reference
-from slicegpt_fast.ops.residual_linear import OP as RESIDUAL_LINEAR
-from slicegpt_fast.ops.residual_linear import reference as residual_linear_reference
 
 # Codes of csrc/slicegpt_fast.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -76,9 +72,7 @@ def address(x: Tensor | None) -> int:
 
 
 def covariance_(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> None:
-    """The op, on Hopper."""
-    if x.numel() == 0:
-        return
+    """The op, on Hopper, for an x with elements."""
     x, D = rows(x), x.shape[1]
     row_scale = None if row_scale is None else row_scale.float().contiguous()
     mask = None if mask is None else mask.contiguous()
@@ -111,9 +105,7 @@ def norm_linear(
     activation: str | None,
     unscaled: int,
 ) -> Tensor:
-    """The op, for at most 16 rows."""
-    if h.numel() == 0 or weight.numel() == 0:
-        return norm_linear_reference(h, weight, bias, eps, full_width, sumsq, activation, unscaled)
+    """The op, for at most 16 rows and an h and a weight with elements."""
     h, weight = rows(h), rows(weight)
     bias = None if bias is None else bias.contiguous()
     sumsq = None if sumsq is None else sumsq.contiguous()
@@ -134,9 +126,7 @@ def norm_linear(
 def residual_linear(
     a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The op, for at most 16 rows."""
-    if a.numel() == 0 or weight.numel() == 0:
-        return residual_linear_reference(a, weight, bias, residual, a2, weight2)
+    """The op, for at most 16 rows and an a and a weight with elements."""
     a, weight = rows(a), rows(weight)
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else rows(residual)
@@ -164,8 +154,3 @@ def residual_linear(
             plan, workspace.data_ptr(), counters(plan[2], a.device).data_ptr(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return y, sumsq
-
-
-COVARIANCE.add_backend("cuda", covariance_, covariance_refuses)
-NORM_LINEAR.add_backend("cuda", norm_linear, decode_refuses)
-RESIDUAL_LINEAR.add_backend("cuda", residual_linear, decode_refuses)

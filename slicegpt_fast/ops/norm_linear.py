@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicegpt_fast.ops import cpu
+from slicegpt_fast.ops import cpu, cuda
 from slicegpt_fast.ops.dispatch import DECODE_ROWS, Op, Request, check_matrix, check_vector, require, triton_refuses
 
 ACTIVATIONS = {
@@ -135,6 +135,11 @@ def _triton(h: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return run(h, weight, *others)
 
 
+def _cuda(h: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    run = cuda.norm_linear if h.numel() and weight.numel() else reference
+    return run(h, weight, *others)
+
+
 OP = Op(
     "norm_linear",
     "(Tensor h, Tensor weight, Tensor? bias, float eps, SymInt full_width, Tensor? sumsq, str? activation, "
@@ -146,3 +151,4 @@ OP = Op(
 )
 OP.add_backend("cpu", cpu.norm_linear, cpu.refuses)
 OP.add_backend("triton", _triton, triton_refuses)
+OP.add_backend("cuda", _cuda, cuda.decode_refuses)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicegpt_fast.ops import cpu
+from slicegpt_fast.ops import cpu, cuda
 from slicegpt_fast.ops.dispatch import DECODE_ROWS, Op, Request, check_matrix, check_vector, require, triton_refuses
 
 
@@ -109,6 +109,11 @@ def _triton(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return run(a, weight, *others)
 
 
+def _cuda(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    run = cuda.residual_linear if a.numel() and weight.numel() else reference
+    return run(a, weight, *others)
+
+
 OP = Op(
     "residual_linear",
     "(Tensor a, Tensor weight, Tensor? bias, Tensor? residual, Tensor? a2, Tensor? weight2, str backend)"
@@ -120,3 +125,4 @@ OP = Op(
 )
 OP.add_backend("cpu", cpu.residual_linear, cpu.refuses)
 OP.add_backend("triton", _triton, triton_refuses)
+OP.add_backend("cuda", _cuda, cuda.decode_refuses)
