@@ -473,3 +473,21 @@ def test_a_patched_model_can_be_sliced():
     sliced = slice_model(patch_model(dense), [tokens(4, 32)], sparsity=0.2, progress=False)
     assert close(logits(sliced, ids), expected)
     assert close(logits(patch_model(sliced), ids), expected)
+
+
+def test_layers_under_accelerates_hooks(model):
+    """Models spread over devices have a hook on every layer, which takes the layer's place as ``forward``."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    ids = tokens(2, 9)
+    expected = logits(model, ids)
+    for layer in model.model.layers:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    patch_model(model)
+    assert patch_report(model).fused == 7
+    assert model.model.layers[0]._old_forward.__self__.sublayers.keys() == {"attention", "feedforward"}
+    assert close(logits(model, ids), expected)
+    assert torch.equal(logits(unpatch_model(model), ids), expected)
+    for layer in model.model.layers:
+        remove_hook_from_module(layer)
+    assert torch.equal(logits(model, ids), expected)
