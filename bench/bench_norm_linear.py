@@ -1,9 +1,13 @@
-"""norm_linear against the best torch formulation, on Llama-2-7B's projections at sliced widths.
+"""norm_linear against the best torch formulation.
 
 python bench/bench_norm_linear.py [--out FOLDER]
 
+On a GPU, Llama-2-7B's projections at sliced widths.
 Prefill, M = 4096: against rms_norm + linear + activation, eager and under torch.compile(max-autotune). Decode,
 M = 1, 4, 16: the share of the copy bandwidth reached on the weight's bytes, inside a CUDA graph.
+
+On a CPU, a layer of Llama's size and those of a sliced SmolLM2, in every dtype: against rms_norm + linear + activation
+and against linear alone; the share of the read bandwidth reached on the weight's bytes.
 """
 
 from functools import partial
@@ -11,12 +15,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernels import copies, copy_bandwidth, graph_us, main, median_us, unless_refused
+from kernels import (
+    copies,
+    copy_bandwidth,
+    cpu_copies,
+    graph_us,
+    interleaved_us,
+    main,
+    median_us,
+    read_bandwidth,
+    unless_refused,
+)
 
 from slicegpt_fast.ops import norm_linear
 
 WIDTHS = (2872, 3072, 3328)
 LAYERS = {"qkv": (3 * 4096, None), "gate/up": (2 * 11008, "silu_gate")}  # rows of the weight, activation
+CPU_LAYERS = ((4096, 3072, None), (960, 456, None), (3072, 456, "silu_gate"))  # rows and columns of the weight
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = 1e-5
 
 
@@ -83,5 +99,39 @@ def decode(rows_of_h: tuple[int, ...]) -> list[dict[str, Any]]:
     return rows
 
 
+def on_cpu(rows_of_h: tuple[int, ...]) -> list[dict[str, Any]]:
+    bandwidth = read_bandwidth()
+    rows = []
+    for n, d, activation in CPU_LAYERS:
+        for dtype in DTYPES:
+            size = n * d * dtype.itemsize
+            weights = [torch.randn(n, d).to(dtype) for _ in range(cpu_copies(size))]
+            for M in rows_of_h:
+                h = torch.randn(M, d).to(dtype)
+                rest = (None, EPS, d, h.float().square().sum(1), activation)
+                us = interleaved_us(
+                    {
+                        "cpu": [partial(norm_linear, h, w, *rest, backend="cpu") for w in weights],
+                        "torch": [partial(torch_formulation, h, w, activation) for w in weights],
+                        "linear": [partial(F.linear, h, w) for w in weights],
+                    }
+                )
+                rows.append(
+                    {
+                        "layer": f"{d} -> {n}" + (f", {activation}" if activation else ""),
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "M": M,
+                        "cpu_us": us["cpu"],
+                        "torch_us": us["torch"],
+                        "x torch": us["torch"] / us["cpu"],
+                        "x linear": us["linear"] / us["cpu"],
+                        "GFLOP/s": 2e-3 * M * n * d / us["cpu"],
+                        "GB/s": 1e-3 * size / us["cpu"],
+                        "share of read bandwidth": 1e6 * size / us["cpu"] / bandwidth,
+                    }
+                )
+    return rows
+
+
 if __name__ == "__main__":
-    main("norm_linear", lambda: prefill(4096) + decode((1, 4, 16)))
+    main("norm_linear", lambda: prefill(4096) + decode((1, 4, 16)), lambda: on_cpu((1, 4, 8, 64)))

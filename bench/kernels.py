@@ -1,14 +1,18 @@
 """What the kernel benchmarks share: timing, the result file, the table.
 
-Times are medians, on random data, with L2 overwritten before every run (prefill, covariance) or with so many copies of
-the operands in one CUDA graph that none is still in L2 when its turn comes again (decode). Baselines run in the same
-process, right beside the kernel.
+Times are medians, on random data. On a GPU: with L2 overwritten before every run (prefill, covariance) or with so many
+copies of the operands in one CUDA graph that none is still in L2 when its turn comes again (decode). On a CPU: over so
+many copies that none is still in the last cache. Baselines run in the same process, right beside the kernel: on a CPU
+in turns with it, because its clock and its neighbours change.
 """
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,9 @@ import triton
 from triton.testing import do_bench
 
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.native import cpu_isa
 
+CPU_CACHE_BYTES = 96 << 20  # more than the last cache of the machines that are measured
 L2_BYTES = 64 << 20  # at least what any supported GPU has
 
 
@@ -60,6 +66,33 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (1e-6 * median_us(lambda: target.copy_(source)))
 
 
+def interleaved_us(calls: Mapping[str, Sequence[Callable[[], Any]]], rounds: int = 9) -> dict[str, float]:
+    """Microseconds of one call of each name on the CPU; in a round, every name has its turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, sequence in calls.items():
+            sequence[-1]()  # threads awake, code loaded
+            start = time.perf_counter()
+            for call in sequence:
+                call()
+            times[name].append(1e6 * (time.perf_counter() - start) / len(sequence))
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def cpu_copies(bytes_each: int) -> int:
+    """How many sets of operands keep the CPU's caches from holding one until its next turn."""
+    return CPU_CACHE_BYTES // bytes_each + 2
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which torch reads 512 MiB: the best of its reductions and its product with a vector."""
+    source = torch.randn(1 << 27)
+    halves = source.view(torch.float16).view(-1, 4096)
+    product = partial(torch.mv, halves, torch.ones(4096, dtype=torch.float16))
+    readers = {"sum": [source.sum], "amax": [source.amax], "norm": [source.norm], "mv": [product]}
+    return source.nbytes / (1e-6 * min(interleaved_us(readers, rounds=3).values()))
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -68,17 +101,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (names, ["---"] * len(names), *cells))
 
 
-def main(op: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
-    """Runs a benchmark from the command line: writes OUT/<op>.json and prints the table."""
-    parser = argparse.ArgumentParser(description=f"Benchmark of {op} against torch, on one CUDA device.")
-    parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), help="folder for the JSON file")
+def main(op: str, on_gpu: Callable[[], list[dict[str, Any]]], on_cpu: Callable[[], list[dict[str, Any]]]) -> None:
+    """Runs a benchmark from the command line, on the GPU if there is one: writes OUT/<op>.json and prints the table."""
+    parser = argparse.ArgumentParser(description=f"Benchmark of {op} against torch.")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder for the JSON file")
     out = parser.parse_args().out
-    if not torch.cuda.is_available():
-        sys.exit("error: this benchmark needs a CUDA device.")
     torch.manual_seed(0)
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    machine["cuda"] = str(torch.version.cuda)
-    rows = measure()
+    machine: dict[str, Any] = {"torch": torch.__version__}
+    if torch.cuda.is_available():
+        machine |= {"device": torch.cuda.get_device_name(), "triton": triton.__version__, "cuda": torch.version.cuda}
+    else:
+        machine |= {"device": f"{platform.machine()}, {cpu_isa()}", "threads": torch.get_num_threads()}
+    rows = (on_gpu if torch.cuda.is_available() else on_cpu)()
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{op}.json").write_text(json.dumps(machine | {"op": op, "rows": rows}, indent=1) + "\n")
-    print(f"{op} on {machine['gpu']}\n\n{table(rows)}\n")
+    print(f"{op} on {machine['device']}, torch {torch.__version__}\n\n{table(rows)}\n")

@@ -6,6 +6,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <tuple>
 
@@ -41,14 +44,52 @@ const char* cpu_isa() {
   return sgf_cpu_isa_name(level);
 }
 
+using Workspace = std::unique_ptr<void, decltype(&std::free)>;
+
+Workspace workspace(int64_t bytes) {
+  Workspace memory(std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64)), &std::free);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void covariance(uintptr_t acc, int acc_dtype, int64_t acc_stride, uintptr_t x, int dtype, int64_t x_stride,
+                uintptr_t rows, uintptr_t row_scale, int64_t N, int64_t D, int threads) {
+  const py::gil_scoped_release release;
+  const Workspace memory = workspace(sgf_covariance_workspace(N, D, threads));
+  check(sgf_covariance(pointer(acc), acc_dtype, acc_stride, pointer(x), dtype, x_stride, pointer<int64_t>(rows),
+                       pointer<float>(row_scale), N, D, threads, memory.get()));
+}
+
+void norm_linear(int dtype, int64_t M, int64_t n, int64_t K, uintptr_t h, int64_t h_stride, uintptr_t weight,
+                 int64_t weight_row_stride, int64_t weight_column_stride, uintptr_t product, int64_t product_stride,
+                 uintptr_t bias, double eps, double full_width, uintptr_t sumsq, int activation, int64_t unscaled,
+                 uintptr_t y, int threads) {
+  const py::gil_scoped_release release;
+  const Workspace memory = workspace(sgf_linear_workspace(M, n, K, 0));
+  check(sgf_norm_linear(dtype, M, n, K, pointer(h), h_stride, pointer(weight), weight_row_stride, weight_column_stride,
+                        pointer(product), product_stride, pointer(bias), eps, full_width, pointer<float>(sumsq),
+                        activation, unscaled, pointer(y), threads, memory.get()));
+}
+
+void residual_linear(int dtype, int64_t M, int64_t n, int64_t K, uintptr_t a, int64_t a_stride, uintptr_t weight,
+                     int64_t weight_row_stride, int64_t weight_column_stride, uintptr_t bias, uintptr_t residual,
+                     int64_t residual_stride, int64_t K2, uintptr_t a2, int64_t a2_stride, uintptr_t weight2,
+                     int64_t weight2_row_stride, int64_t weight2_column_stride, uintptr_t y, uintptr_t sumsq,
+                     int threads) {
+  const py::gil_scoped_release release;
+  const Workspace memory = workspace(sgf_linear_workspace(M, n, K, K2));
+  check(sgf_residual_linear(dtype, M, n, K, pointer(a), a_stride, pointer(weight), weight_row_stride,
+                            weight_column_stride, pointer(bias), pointer(residual), residual_stride, K2, pointer(a2),
+                            a2_stride, pointer(weight2), weight2_row_stride, weight2_column_stride, pointer(y),
+                            pointer<float>(sumsq), threads, memory.get()));
+}
+
 #ifdef SGF_CUDA
-// Addresses of device memory; 0 is a null pointer.
-void* device(uintptr_t address) { return reinterpret_cast<void*>(address); }
-
-float* device_floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
-
-int32_t* device_ints(uintptr_t address) { return reinterpret_cast<int32_t*>(address); }
-
 using Plan = std::tuple<int, int64_t, int64_t>;
 
 Plan plan_of(sgf_cuda_plan plan) { return {plan.splits, plan.workspace, plan.counters}; }
@@ -63,9 +104,9 @@ void cuda_norm_linear(uintptr_t h, int64_t stride_h, uintptr_t weight, int64_t s
                       uintptr_t sumsq, uintptr_t y, int64_t stride_y, int M, int64_t scaled, int64_t unscaled, int K,
                       float eps, float inverse_width, int activation, int dtype, Plan plan, uintptr_t workspace,
                       uintptr_t counters, uintptr_t stream) {
-  check(sgf_cuda_norm_linear(device(h), stride_h, device(weight), stride_weight, device(bias), device_floats(sumsq),
-                             device(y), stride_y, M, scaled, unscaled, K, eps, inverse_width, activation, dtype,
-                             plan_from(plan), device_floats(workspace), device_ints(counters), device(stream)));
+  check(sgf_cuda_norm_linear(pointer(h), stride_h, pointer(weight), stride_weight, pointer(bias), pointer<float>(sumsq),
+                             pointer(y), stride_y, M, scaled, unscaled, K, eps, inverse_width, activation, dtype,
+                             plan_from(plan), pointer<float>(workspace), pointer<int32_t>(counters), pointer(stream)));
 }
 
 Plan cuda_residual_linear_plan(int M, int64_t n, int K, int K2, int sms) {
@@ -77,20 +118,21 @@ void cuda_residual_linear(uintptr_t a, int64_t stride_a, uintptr_t weight, int64
                           uintptr_t bias, uintptr_t residual, int64_t stride_residual, uintptr_t y, int64_t stride_y,
                           uintptr_t sumsq, int M, int64_t n, int K, int K2, int dtype, Plan plan, uintptr_t workspace,
                           uintptr_t counters, uintptr_t stream) {
-  check(sgf_cuda_residual_linear(device(a), stride_a, device(weight), stride_weight, device(a2), stride_a2,
-                                 device(weight2), stride_weight2, weight2_along_n, device(bias), device(residual),
-                                 stride_residual, device(y), stride_y, device_floats(sumsq), M, n, K, K2, dtype,
-                                 plan_from(plan), device_floats(workspace), device_ints(counters), device(stream)));
+  check(sgf_cuda_residual_linear(
+      pointer(a), stride_a, pointer(weight), stride_weight, pointer(a2), stride_a2, pointer(weight2), stride_weight2,
+      weight2_along_n, pointer(bias), pointer(residual), stride_residual, pointer(y), stride_y, pointer<float>(sumsq),
+      M, n, K, K2, dtype, plan_from(plan), pointer<float>(workspace), pointer<int32_t>(counters), pointer(stream)));
 }
+
 #ifdef SGF_SM90A
 Plan cuda_covariance_plan(int64_t N, int64_t D, int sms) { return plan_of(sgf_cuda_covariance_plan(N, D, sms)); }
 
 void cuda_covariance(uintptr_t x, int64_t stride, int64_t N, int64_t D, uintptr_t row_scale, uintptr_t mask,
                      uintptr_t planes, uintptr_t acc, int64_t stride_row, int64_t stride_column, int acc_dtype,
                      int dtype, Plan plan, uintptr_t workspace, uintptr_t stream) {
-  check(sgf_cuda_covariance(device(x), stride, N, D, device_floats(row_scale), reinterpret_cast<uint8_t*>(mask),
-                            device(planes), device(acc), stride_row, stride_column, acc_dtype, dtype, plan_from(plan),
-                            device_floats(workspace), device(stream)));
+  check(sgf_cuda_covariance(pointer(x), stride, N, D, pointer<float>(row_scale), pointer<uint8_t>(mask),
+                            pointer(planes), pointer(acc), stride_row, stride_column, acc_dtype, dtype, plan_from(plan),
+                            pointer<float>(workspace), pointer(stream)));
 }
 #endif
 #endif
@@ -102,6 +144,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &sgf_cpu_features);
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isa_names", &cpu_isa_names);
+  m.def("covariance", &covariance);
+  m.def("norm_linear", &norm_linear);
+  m.def("residual_linear", &residual_linear);
 #ifdef SGF_CUDA
   m.def("cuda_probe", [](uintptr_t out, int threads, uintptr_t stream) {
     check(sgf_cuda_probe(reinterpret_cast<int32_t*>(out), threads, reinterpret_cast<void*>(stream)));
