@@ -88,8 +88,14 @@ void residual_linear(int dtype, int64_t M, int64_t n, int64_t K, uintptr_t a, in
                             a2_stride, pointer(weight2), weight2_row_stride, weight2_column_stride, pointer(y),
                             pointer<float>(sumsq), threads, memory.get()));
 }
-
 #ifdef SGF_CUDA
+// Addresses of device memory; 0 is a null pointer.
+void* device(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+float* device_floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+int32_t* device_ints(uintptr_t address) { return reinterpret_cast<int32_t*>(address); }
+
 using Plan = std::tuple<int, int64_t, int64_t>;
 
 Plan plan_of(sgf_cuda_plan plan) { return {plan.splits, plan.workspace, plan.counters}; }
@@ -104,9 +110,9 @@ void cuda_norm_linear(uintptr_t h, int64_t stride_h, uintptr_t weight, int64_t s
                       uintptr_t sumsq, uintptr_t y, int64_t stride_y, int M, int64_t scaled, int64_t unscaled, int K,
                       float eps, float inverse_width, int activation, int dtype, Plan plan, uintptr_t workspace,
                       uintptr_t counters, uintptr_t stream) {
-  check(sgf_cuda_norm_linear(pointer(h), stride_h, pointer(weight), stride_weight, pointer(bias), pointer<float>(sumsq),
-                             pointer(y), stride_y, M, scaled, unscaled, K, eps, inverse_width, activation, dtype,
-                             plan_from(plan), pointer<float>(workspace), pointer<int32_t>(counters), pointer(stream)));
+  check(sgf_cuda_norm_linear(device(h), stride_h, device(weight), stride_weight, device(bias), device_floats(sumsq),
+                             device(y), stride_y, M, scaled, unscaled, K, eps, inverse_width, activation, dtype,
+                             plan_from(plan), device_floats(workspace), device_ints(counters), device(stream)));
 }
 
 Plan cuda_residual_linear_plan(int M, int64_t n, int K, int K2, int sms) {
@@ -118,21 +124,20 @@ void cuda_residual_linear(uintptr_t a, int64_t stride_a, uintptr_t weight, int64
                           uintptr_t bias, uintptr_t residual, int64_t stride_residual, uintptr_t y, int64_t stride_y,
                           uintptr_t sumsq, int M, int64_t n, int K, int K2, int dtype, Plan plan, uintptr_t workspace,
                           uintptr_t counters, uintptr_t stream) {
-  check(sgf_cuda_residual_linear(
-      pointer(a), stride_a, pointer(weight), stride_weight, pointer(a2), stride_a2, pointer(weight2), stride_weight2,
-      weight2_along_n, pointer(bias), pointer(residual), stride_residual, pointer(y), stride_y, pointer<float>(sumsq),
-      M, n, K, K2, dtype, plan_from(plan), pointer<float>(workspace), pointer<int32_t>(counters), pointer(stream)));
+  check(sgf_cuda_residual_linear(device(a), stride_a, device(weight), stride_weight, device(a2), stride_a2,
+                                 device(weight2), stride_weight2, weight2_along_n, device(bias), device(residual),
+                                 stride_residual, device(y), stride_y, device_floats(sumsq), M, n, K, K2, dtype,
+                                 plan_from(plan), device_floats(workspace), device_ints(counters), device(stream)));
 }
-
 #ifdef SGF_SM90A
 Plan cuda_covariance_plan(int64_t N, int64_t D, int sms) { return plan_of(sgf_cuda_covariance_plan(N, D, sms)); }
 
 void cuda_covariance(uintptr_t x, int64_t stride, int64_t N, int64_t D, uintptr_t row_scale, uintptr_t mask,
                      uintptr_t planes, uintptr_t acc, int64_t stride_row, int64_t stride_column, int acc_dtype,
                      int dtype, Plan plan, uintptr_t workspace, uintptr_t stream) {
-  check(sgf_cuda_covariance(pointer(x), stride, N, D, pointer<float>(row_scale), pointer<uint8_t>(mask),
-                            pointer(planes), pointer(acc), stride_row, stride_column, acc_dtype, dtype, plan_from(plan),
-                            pointer<float>(workspace), pointer(stream)));
+  check(sgf_cuda_covariance(device(x), stride, N, D, device_floats(row_scale), reinterpret_cast<uint8_t*>(mask),
+                            device(planes), device(acc), stride_row, stride_column, acc_dtype, dtype, plan_from(plan),
+                            device_floats(workspace), device(stream)));
 }
 #endif
 #endif

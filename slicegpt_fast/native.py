@@ -2,8 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from slicegpt_fast import _C
 from slicegpt_fast.errors import InputError
+
+# The codes of csrc/slicegpt_fast.h.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_gate": 4}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from slicegpt_fast import _C
+from slicegpt_fast.native import ACTIVATIONS, DTYPES
 from slicegpt_fast.ops.dispatch import Request
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # SGF_FLOAT32 ... in csrc/slicegpt_fast.h
-MASTERS = {torch.float32: 0, torch.float64: 3}  # of covariance_
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_gate": 4}  # SGF_NO_ACTIVATION ...
 STREAMED_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: math.inf}  # with more, torch's matmul is faster
 
 
@@ -20,7 +18,7 @@ def refuses(request: Request) -> str | None:
     """Why the CPU kernels cannot run ``request``, or None."""
     if request.device.type != "cpu":
         return f"it runs on CPUs, not on {request.device.type}"
-    return None if request.dtype in DTYPES else f"it has no {request.dtype} kernel"
+    return None if request.dtype in STREAMED_ROWS else f"it has no {request.dtype} kernel"
 
 
 def covariance_(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> None:
@@ -31,7 +29,7 @@ def covariance_(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor |
     x, sums = _rows(x), _rows(acc)
     row_scale = None if row_scale is None else row_scale.to(torch.float32).contiguous()
     _C.covariance(
-        sums.data_ptr(), MASTERS[sums.dtype], sums.stride(0), x.data_ptr(), DTYPES[x.dtype], x.stride(0),
+        sums.data_ptr(), DTYPES[sums.dtype], sums.stride(0), x.data_ptr(), DTYPES[x.dtype], x.stride(0),
         _at(rows), _at(row_scale), N, D, torch.get_num_threads(),
     )  # fmt: skip
     if sums is not acc:

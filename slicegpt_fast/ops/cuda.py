@@ -15,12 +15,8 @@ from torch import Tensor
 
 from slicegpt_fast import _C
 from slicegpt_fast.counters import counters
-from slicegpt_fast.native import build_info
+from slicegpt_fast.native import ACTIVATIONS, DTYPES, build_info
 from slicegpt_fast.ops.dispatch import HALF, Request
-
-# Codes of csrc/slicegpt_fast.h.
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_gate": 4}
 
 PREPARED_TOKENS = 16384  # bounds the copies of x that a row scale, a mask or a misaligned x calls for
 
