@@ -1,45 +1,36 @@
-"""covariance_ against a full cuBLAS matmul (bf16 operands, fp32 result) and the fp64 reference; N = 65536.
-
-python bench/bench_covariance.py [--out FOLDER]
-"""
+"""covariance_ against its fp64 reference and a full torch matmul with fp32 sums; FLOPs counted for one triangle."""
 
 from functools import partial
-from typing import Any
 
+import pytest
 import torch
-from kernels import main, median_us
+from kernels import DEVICE, random
 
 from slicegpt_fast.ops import covariance_
 
-N = 65536
-TARGETS = {2872: 1.3, 4096: 1.6, 8192: 1.6}  # times the full matmul's speed
+SHAPES = {  # tokens, width
+    "cuda": [(65536, D) for D in (2872, 4096, 8192)],
+    "cpu": [pytest.param(4096, 576, marks=pytest.mark.quick), (2048, 2872), (2048, 4096)],
+}[DEVICE.type]
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"]}[DEVICE.type]
 
 
-def measure() -> list[dict[str, Any]]:
-    rows = []
-    for D, target in TARGETS.items():
-        x = torch.randn(N, D, dtype=torch.bfloat16, device="cuda")
-        row_scale = torch.rand(N, device="cuda") + 0.5
-        acc = torch.zeros(D, D, dtype=torch.float64, device="cuda")
-        ours = median_us(partial(covariance_, acc, x, backend="triton"))
-        scaled = median_us(partial(covariance_, acc, x, row_scale, backend="triton"))
-        full = median_us(partial(torch.mm, x.T, x, out_dtype=torch.float32))
-        fp64 = median_us(partial(covariance_, acc, x, backend="reference"))
-        rows.append(
-            {
-                "D": D,
-                "triton_us": ours,
-                "with_row_scale_us": scaled,
-                "full_matmul_us": full,
-                "fp64_us": fp64,
-                "TFLOP/s (half)": N * D * D / ours / 1e6,
-                "x full matmul": full / ours,
-                "target": target,
-                "x fp64 (target 15)": fp64 / ours,
-            }
-        )
-    return rows
+def full_matmul(x):
+    return torch.mm(x.T, x, out_dtype=torch.float32) if x.is_cuda else x.float().T @ x.float()
 
 
-if __name__ == "__main__":
-    main("covariance", measure)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "D"), SHAPES)
+def bench_covariance(measure, N, D, dtype):
+    x = random(N, D, dtype=dtype)
+    acc = torch.zeros(D, D, dtype=torch.float64, device=DEVICE)
+    measure(
+        {
+            "auto": [partial(covariance_, acc, x)],
+            "reference": [partial(covariance_, acc, x, backend="reference")],
+            "torch": [partial(full_matmul, x)],
+        },
+        dtype=dtype,
+        bytes=x.nbytes + 2 * acc.nbytes,
+        flops=N * D * (D + 1),
+    )

@@ -1,31 +1,65 @@
-"""What the kernel benchmarks share: timing, the result file, the table.
+"""What the benchmarks share: operands, timing, the table.
 
-Times are medians, on random data, with L2 overwritten before every run (prefill, covariance) or with so many copies of
-the operands in one CUDA graph that none is still in L2 when its turn comes again (decode). Baselines run in the same
-process, right beside the kernel.
+Times are of one call, on random data, and all contenders of a row take turns, round by round, because clocks and
+neighbours change. Where a call is bound by streaming its weights, each round goes through so many copies of them that
+none is still in the last cache when its turn comes again. On a GPU a round is the replay of a CUDA graph, timed by
+events; on a CPU the threads are pinned (bench/conftest.py).
 """
 
-import argparse
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
-from triton.testing import do_bench
 
-L2_BYTES = 64 << 20  # at least what any supported GPU has
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CACHE_BYTES = {"cpu": 96 << 20, "cuda": 192 << 20}[DEVICE.type]  # more than the last caches of the measured machines
+ROUNDS = {"cpu": 9, "cuda": 31}[DEVICE.type]
+PREFILL_ROWS = {"cpu": 512, "cuda": 4096}[DEVICE.type]
+COMPILE_MODE = {"cpu": "default", "cuda": "max-autotune-no-cudagraphs"}[DEVICE.type]
+
+Calls = Sequence[Callable[[], Any]]  # the same call on different operands
 
 
-def median_us(call: Callable[[], Any]) -> float:
-    """Microseconds of one call, launched eagerly behind a kernel that overwrites L2."""
-    return 1e3 * do_bench(call, warmup=50, rep=300, return_mode="median")
+def random(*shape: int, dtype: str) -> torch.Tensor:
+    """Normal values, scaled as weights and activations are, on DEVICE."""
+    return (torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).to(getattr(torch, dtype))
 
 
-def graph_us(calls: list[Callable[[], Any]]) -> float:
-    """Microseconds of one of ``calls``, captured one after the other in a CUDA graph."""
+def copies(bytes_each: int, rows: int) -> int:
+    """How many sets of operands a round goes through."""
+    return CACHE_BYTES // bytes_each + 2 if rows <= 16 else 2
+
+
+def compiled(formulation: Callable[..., Any]) -> Callable[..., Any]:
+    """``formulation`` under torch.compile, for the shapes it is called with."""
+    return torch.compile(formulation, mode=COMPILE_MODE, dynamic=False)
+
+
+def seconds(contenders: Mapping[str, Calls], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of one call of each contender, in every round."""
+    timers = {name: _replay(calls) if DEVICE.type == "cuda" else _clock(calls) for name, calls in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer() / len(contenders[name]))
+    return times
+
+
+def _clock(calls: Calls) -> Callable[[], float]:
+    calls[0]()  # compiles what is to be compiled
+
+    def timer() -> float:
+        calls[-1]()  # threads awake, code loaded
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        return time.perf_counter() - begin
+
+    return timer
+
+
+def _replay(calls: Calls) -> Callable[[], float]:
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for call in calls:
@@ -35,19 +69,17 @@ def graph_us(calls: list[Callable[[], Any]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return 1e3 * do_bench(graph.replay, warmup=50, rep=300, return_mode="median") / len(calls)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
+    def timer() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e-3 * begin.elapsed_time(end)
 
-def copies(bytes_each: int) -> int:
-    """How many sets of operands keep L2 from holding one until its next turn."""
-    return max(4, 3 * L2_BYTES // bytes_each)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a device-to-device copy of 1 GiB."""
-    source = torch.randn(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (1e-6 * median_us(lambda: target.copy_(source)))
+    timer()
+    return timer
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -56,19 +88,3 @@ def table(rows: list[dict[str, Any]]) -> str:
     values = [[row.get(name, "") for name in names] for row in rows]
     cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in line] for line in values]
     return "\n".join("| " + " | ".join(line) + " |" for line in (names, ["---"] * len(names), *cells))
-
-
-def main(op: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
-    """Runs a benchmark from the command line: writes OUT/<op>.json and prints the table."""
-    parser = argparse.ArgumentParser(description=f"Benchmark of {op} against torch, on one CUDA device.")
-    parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), help="folder for the JSON file")
-    out = parser.parse_args().out
-    if not torch.cuda.is_available():
-        sys.exit("error: this benchmark needs a CUDA device.")
-    torch.manual_seed(0)
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    machine["cuda"] = str(torch.version.cuda)
-    rows = measure()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{op}.json").write_text(json.dumps(machine | {"op": op, "rows": rows}, indent=1) + "\n")
-    print(f"{op} on {machine['gpu']}\n\n{table(rows)}\n")
