@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(NATIVE)
 
-.PHONY: help quickstart test test-slow gpu-check wheel format clean
+.PHONY: help quickstart test test-slow bench gpu-check wheel format clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -25,6 +25,11 @@ test: $(VENV)/.installed-test  ## check style and types, then run the fast tests
 
 test-slow: $(VENV)/.installed-test  ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow
+
+bench: $(VENV)/.installed-test  ## measure the ops and whole models on this machine; BENCH=--quick for the short part
+	@mkdir -p build/bench
+	$(BIN)/pytest bench $(BENCH) --benchmark-quiet --benchmark-json build/bench/run.json
+	$(BIN)/python bench/report.py build/bench/run.json --out build/bench
 
 gpu-check:  ## on a machine with a GPU, its packages and no network: test, tune and time the kernels with $(PYTHON)
 	bench/gpu_check.sh $(PYTHON) build/gpu-check

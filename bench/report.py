@@ -1,9 +1,9 @@
 """Turns the JSON of a run into tables and figures.
 
-    python bench/report.py RUN.json [--out build/bench]
+    python bench/report.py RUN.json [RUN.json ...] [--out build/bench]
 
-Prints the tables; writes KIND.md, KIND.json and KIND-*.png, KIND being the kind of machine. What is committed under
-docs/benchmarks/ was made by `make bench` and this.
+Prints the tables; writes KIND.md, KIND.json and KIND-*.png, KIND being the kind of machine. Several runs on one
+machine, of different benchmarks, become one report.
 """
 
 import argparse
@@ -159,10 +159,11 @@ def _any(names: Iterable[str], among: Iterable[str]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="JSON file of pytest-benchmark")
+    parser.add_argument("runs", type=Path, nargs="+", help="JSON files of pytest-benchmark")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder (%(default)s)")
     options = parser.parse_args()
-    results = json.loads(options.run.read_text())
+    results, *others = (json.loads(file.read_text()) for file in options.runs)
+    results["benchmarks"] += [row for other in others for row in other["benchmarks"]]
     write(results, options.out)
     print(markdown(results))
     print(f"Figures: {options.out}/{kind_of(results)}-*.png")
