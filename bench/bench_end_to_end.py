@@ -130,7 +130,7 @@ def forget_peak() -> None:
 
 @pytest.mark.parametrize("growth", GROWTH)
 def bench_slicing(record, growth, tmp_path):
-    """A Llama in fp32, a basis per norm; the baseline takes the reference's covariances. Peak: memory beyond the model."""
+    """Llama in fp32, a basis per norm; the baseline takes the reference's covariances. Peak: bytes beyond the model."""
     width, layers, tokens = (size * times for size, times in zip(BASE, GROWTH[growth], strict=True))
     torch.manual_seed(0)
     model = random_model(llama(width, 3 * width, layers, width // 64, width // 64, 8192), "float32")

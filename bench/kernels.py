@@ -40,9 +40,9 @@ def seconds(contenders: Mapping[str, Calls], rounds: int = ROUNDS) -> dict[str, 
     """Seconds of one call of each contender, in every round."""
     timers = {name: _replay(calls) if DEVICE.type == "cuda" else _clock(calls) for name, calls in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer() / len(contenders[name]))
+    for turn in range(rounds):
+        for name in list(timers)[:: 1 - 2 * (turn % 2)]:  # there and back: nobody always follows the same one
+            times[name].append(timers[name]() / len(contenders[name]))
     return times
 
 

@@ -60,7 +60,7 @@ def test_the_command_fails_only_on_a_loss(tmp_path, monkeypatch):
     run(results(block=[1.0]), tmp_path)  # nothing to compare with
     write(results(block=[3.0]), tmp_path / "known")
     run(results(block=[3.0]), tmp_path / "known")
-    with pytest.raises(SystemExit, match="^error: block lost more than a third of the ratio to the reference"):
+    with pytest.raises(SystemExit, match=r"^error: block lost more than a third of the ratio to the reference\.$"):
         run(results(block=[1.0]), tmp_path / "known")
 
 
