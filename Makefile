@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --e
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(NATIVE)
 
-.PHONY: help quickstart test test-slow bench gpu-check wheel format clean
+.PHONY: help quickstart test test-slow sanitize bench gpu-check wheel format clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -25,6 +25,11 @@ test: $(VENV)/.installed-test  ## check style and types, then run the fast tests
 
 test-slow: $(VENV)/.installed-test  ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow
+
+sanitize: $(VENV)/.installed-test  ## run the tests of the CPU kernels under AddressSanitizer and UBSan
+	SLICEGPT_FAST_SANITIZE=1 SLICEGPT_FAST_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize $(BIN)/pytest tests/ops -k cpu
 
 bench: $(VENV)/.installed-test  ## measure the ops and whole models on this machine; BENCH=--quick for the short part
 	@mkdir -p build/bench

@@ -8,6 +8,7 @@ Environment variables:
     SLICEGPT_FAST_CUDA        auto (default): compile csrc/cuda/ when a CUDA compiler is found; 1: must; 0: never
     SLICEGPT_FAST_CUDA_ARCHS  architectures, "80;90a" if unset
     CUDACXX, CUDA_HOME        where the CUDA compiler is looked for before PATH
+    SLICEGPT_FAST_SANITIZE    1: C++ with AddressSanitizer and UBSan, as `make sanitize` runs it
 """
 
 import os
@@ -29,9 +30,11 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-BUILD = Path("build", sys.implementation.cache_tag or "native")
+SANITIZE = os.environ.get("SLICEGPT_FAST_SANITIZE") == "1"
+BUILD = Path("build", (sys.implementation.cache_tag or "native") + ("-sanitize" if SANITIZE else ""))
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZE else []
 # -DNDEBUG matters on the device too: with asserts compiled in, nvcc serialises asynchronous tensor-core instructions.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 # The CUDA runtime is linked in and its symbols are kept private, so that it cannot meet the one that torch loads. No
@@ -148,10 +151,10 @@ def ninja_file(version: str) -> str:
 
     file.variable("builddir", str(BUILD))
     compiling = {"tail": "$flags -MMD -MF $out.d -c $in -o $out", "depfile": "$out.d", "deps": "gcc"}
-    rule("cxx", [cxx, *CXX_FLAGS, *defines, f"-I{CSRC}"], **compiling)
+    rule("cxx", [cxx, *CXX_FLAGS, *SANITIZE_FLAGS, *defines, f"-I{CSRC}"], **compiling)
     if nvcc:
         rule("nvcc", [nvcc, "-ccbin", cxx, *NVCC_FLAGS, *defines, f"-I{CSRC}"], **compiling)
-    linker = [nvcc, "-ccbin", cxx, *NVCC_LINK_FLAGS] if nvcc else [cxx]
+    linker = [nvcc, "-ccbin", cxx, *NVCC_LINK_FLAGS] if nvcc else [cxx, *SANITIZE_FLAGS]
     rule("link", [*linker, "-shared"], "$in -o $out")
 
     objects = []

@@ -15,7 +15,9 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CACHE_BYTES = {"cpu": 96 << 20, "cuda": 192 << 20}[DEVICE.type]  # more than the last caches of the measured machines
 ROUNDS = {"cpu": 9, "cuda": 31}[DEVICE.type]
-PREFILL_ROWS = {"cpu": 512, "cuda": 4096}[DEVICE.type]
+SECONDS = 1.5  # for the rounds of one row, but three of them at least
+PREFILL_ROWS = {"cpu": 256, "cuda": 4096}[DEVICE.type]
+AWAKE = torch.ones(1 << 18)
 COMPILE_MODE = {"cpu": "default", "cuda": "max-autotune-no-cudagraphs"}[DEVICE.type]
 
 Calls = Sequence[Callable[[], Any]]  # the same call on different operands
@@ -36,11 +38,12 @@ def compiled(formulation: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(formulation, mode=COMPILE_MODE, dynamic=False)
 
 
-def seconds(contenders: Mapping[str, Calls], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def seconds(contenders: Mapping[str, Calls]) -> dict[str, list[float]]:
     """Seconds of one call of each contender, in every round."""
     timers = {name: _replay(calls) if DEVICE.type == "cuda" else _clock(calls) for name, calls in contenders.items()}
+    round_seconds = sum(timer() for timer in timers.values())
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds):
+    for turn in range(max(3, min(ROUNDS, int(SECONDS / round_seconds)))):
         for name in list(timers)[:: 1 - 2 * (turn % 2)]:  # there and back: nobody always follows the same one
             times[name].append(timers[name]() / len(contenders[name]))
     return times
@@ -50,7 +53,7 @@ def _clock(calls: Calls) -> Callable[[], float]:
     calls[0]()  # compiles what is to be compiled
 
     def timer() -> float:
-        calls[-1]()  # threads awake, code loaded
+        AWAKE.sum()  # so are the threads
         begin = time.perf_counter()
         for call in calls:
             call()
@@ -78,7 +81,6 @@ def _replay(calls: Calls) -> Callable[[], float]:
         end.synchronize()
         return 1e-3 * begin.elapsed_time(end)
 
-    timer()
     return timer
 
 

@@ -2,12 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,13 +74,8 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int
     check_writable(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        if free < size:
-            raise InputError(
-                f"{folder} needs {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free: make room first."
-            )
-        partial.mkdir()
+        check_space(folder, size)
+        partial.mkdir(parents=True)
         write(partial)
         partial.replace(folder)
     except (OSError, SafetensorError) as error:
@@ -94,27 +91,65 @@ def check_writable(folder: str | Path) -> None:
         raise InputError(f"{folder} exists and is not an empty folder: choose another place or remove it.")
 
 
+def check_space(folder: Path, size: int) -> None:
+    """Raise InputError unless ``size`` bytes are free on the disk that ``folder`` (absolute) is or will be on."""
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    if free < size:
+        raise InputError(
+            f"{folder} needs up to {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free: make room first."
+        )
+
+
 def _save(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     model.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
 
+def from_pretrained(loader: Any, source: str | Path, options: dict[str, Any]) -> Any:
+    """Call the ``from_pretrained`` of a transformers class; what it raises becomes an InputError."""
+    path = _local_path(source)
+    if path is not None and path.suffix == ".gguf":
+        options["gguf_file"] = path.name
+        path = path.parent
+    with _loading(source):
+        return loader.from_pretrained(str(path or source), **options)
+
+
+def checkpoint_folder(source: str | Path) -> Path:
+    """The folder of a checkpoint in safetensors; one of the hub is downloaded into Hugging Face's cache first.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    path = _local_path(source)
+    if path is None:
+        with _loading(source):
+            path = Path(snapshot_download(str(source), allow_patterns=["*.json", "model*.safetensors"]))
+    if not path.is_dir():
+        raise InputError(f"{source} is a single file: give a folder with a safetensors checkpoint, or a hub id.")
+    return path
+
+
+def _local_path(source: str | Path) -> Path | None:
+    """The folder or GGUF file that ``source`` names, None for a hub id: one or two plain words that are not there."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if _is_gguf(source) or path.is_absolute() or len(path.parts) > 2 or str(source)[0] in ".~":
+        raise InputError(f"{source} does not exist: give a hub id, a local folder or a GGUF file.")
+    return None
+
+
 def _is_gguf(source: str | Path) -> bool:
     return Path(source).suffix == ".gguf"
 
 
-def from_pretrained(loader: Any, source: str | Path, options: dict[str, Any]) -> Any:
-    """Call the ``from_pretrained`` of a transformers class; what it raises becomes an InputError."""
-    path = Path(source).expanduser()
-    if _is_gguf(source):
-        options["gguf_file"] = path.name
-    # A hub id is one or two plain words; everything else must be there.
-    if not path.exists() and (_is_gguf(source) or path.is_absolute() or len(path.parts) > 2 or str(source)[0] in ".~"):
-        raise InputError(f"{source} does not exist: give a hub id, a local folder or a GGUF file.")
-    place = str(path.parent if _is_gguf(source) else path) if path.exists() else str(source)
+@contextmanager
+def _loading(source: str | Path) -> Iterator[None]:
+    """Turns what the libraries raise about a bad checkpoint into an InputError."""
     try:
-        return loader.from_pretrained(place, **options)
+        yield
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:

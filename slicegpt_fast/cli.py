@@ -181,14 +181,15 @@ def slice_(
     ] = "8",
     slice_head: Annotated[bool, typer.Option("--slice-head", help="Slice the head too; shared always does.")] = False,
     stream: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--stream",
-            help="Slice a local checkpoint from file to file with one layer in memory, for models larger than memory; "
-            "killed, the same command goes on.",
+            "--stream/--no-stream",
+            help="Slice from file to file with one layer in memory; killed, the same command goes on. Default: where "
+            "the model and its sliced copy do not fit into free memory.",
             rich_help_panel=RUN,
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = None,
@@ -226,7 +227,7 @@ def slice_(
     )
     from slicegpt_fast.search import try_plans
     from slicegpt_fast.slicing import apply_bases, fit_bases
-    from slicegpt_fast.streaming import slice_checkpoint
+    from slicegpt_fast.streaming import fits_in_memory, slice_checkpoint, work_folder
 
     check_writable(out)
     if (sparsity is None) == (target_params is None):
@@ -246,12 +247,18 @@ def slice_(
     }
     step = int(round_to) if round_to.isdigit() else round_to
     size: dict[str, Any] = {"sparsity": sparsity, "target_params": target_params, "round_to": step}
+    place, kind = _device(device), getattr(torch, dtype) if dtype else None
+    if stream is None:
+        unfinished = work_folder(out).exists()
+        stream = unfinished or not fits_in_memory(model, dtype=kind, device=place)
+        if stream:
+            reason = "an earlier run is unfinished" if unfinished else "the model and its copy do not fit into memory"
+            errors.print(f"Slicing from file to file: {reason}. --no-stream slices in memory all the same.")
     if stream:
         if basis == "auto":
-            raise InputError("--basis auto compares whole models in memory: choose a basis, or leave out --stream.")
+            raise InputError("--basis auto compares whole models in memory: choose a basis, or give --no-stream.")
         config, tokenizer = from_pretrained(AutoConfig, model, {}), load_tokenizer(model)
         calibration = _windows(config, tokenizer, documents, length, sequences, seed)[:sequences]
-        place, kind = _device(device), getattr(torch, dtype) if dtype else None
         bases = slice_checkpoint(
             model, out, batched(calibration), tokenizer=tokenizer, dtype=kind, device=place, **arguments, **size
         )

@@ -28,7 +28,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from slicegpt_fast.architectures import architecture_of, at
-from slicegpt_fast.checkpoint import check_writable, from_pretrained
+from slicegpt_fast.checkpoint import check_space, check_writable, checkpoint_folder, from_pretrained
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import ROWS_PER_STEP
 from slicegpt_fast.slicing import Bases, SlicePlan, first_plan, fit_bases, slice_model
@@ -40,7 +40,7 @@ from slicegpt_fast.slicing.stream import Batch, checked
 
 Activations = Literal["auto", "device", "memory", "disk"]
 OVERHEAD = 2**24  # the model's modules without weights, and what libraries allocate once
-FREE_SHARE = 0.9  # of free memory that activations may fill
+FREE_SHARE = 0.9  # of free memory that activations, or a model and its sliced copy, may fill
 
 
 def slice_checkpoint(
@@ -62,7 +62,7 @@ def slice_checkpoint(
     know that nothing has changed since, every call hashes the checkpoint's files.
 
     Args:
-        source: a local folder with a dense model in safetensors.
+        source: a local folder with a dense model in safetensors, or a hub id, which is downloaded into the cache.
         folder: does not exist yet, or is empty.
         calibration: token batches, as for :func:`slicegpt_fast.slice_model`.
         tokenizer: saved beside the model.
@@ -84,16 +84,15 @@ def slice_checkpoint(
     check_writable(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = _options(arguments, device)
-    config, checkpoint = from_pretrained(AutoConfig, source, {}), Path(source).expanduser()
-    architecture_of(config)  # refuses what cannot be sliced
-    model = empty_model(checkpoint, config, dtype=dtype)
-    batches = checked(calibration, config.vocab_size, torch.device("cpu"))
+    checkpoint = checkpoint_folder(source)
+    model = _empty_model(checkpoint, dtype)
+    batches = checked(calibration, model.config.vocab_size, torch.device("cpu"))
     plan_options = {name: value for name, value in options.items() if name not in ("schedule", "refit")}
     plan = first_plan(model, options["schedule"], plan_options)
     shards = Shards(checkpoint, model, device)
     needs = estimate(model, plan, batches, options)
     place = _place(activations, device, needs)
-    work = folder.with_name(f".{folder.name}.unfinished")
+    work = work_folder(folder)
     if progress:
         kept = f"on {place}" if place else "on disk"
         tqdm.write(f"{source} {needs}; activations are kept {kept}, unfinished work in {work}", file=sys.stderr)
@@ -106,6 +105,35 @@ def slice_checkpoint(
             tokenizer.save_pretrained(work / "model")
         (work / "model").replace(folder)
     return replace(bases, matrices=(), readers=())
+
+
+def work_folder(folder: str | Path) -> Path:
+    """Where :func:`slice_checkpoint` keeps unfinished work for ``folder``; it exists where a run was killed."""
+    folder = Path(folder).expanduser().absolute()
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def fits_in_memory(source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device) -> bool:
+    """Whether ``device`` has the memory that :func:`slicegpt_fast.slice_model` takes: for the model and its copy.
+
+    Args:
+        source: a hub id, which is downloaded into the cache, a local folder, or a GGUF file (never streamed).
+        dtype: of the weights; by default the checkpoint's own.
+        device: where the model would be sliced.
+
+    Raises:
+        InputError: nothing there, or a model that cannot be sliced.
+    """
+    if Path(source).suffix == ".gguf":
+        return True
+    model = _empty_model(checkpoint_folder(source), dtype)
+    return 2 * model.get_memory_footprint() < FREE_SHARE * _free(torch.device(device))
+
+
+def _empty_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    config = from_pretrained(AutoConfig, checkpoint, {})
+    architecture_of(config)  # refuses what cannot be sliced
+    return empty_model(checkpoint, config, dtype=dtype)
 
 
 def _options(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -153,13 +181,9 @@ def _work_folder(work: Path, settings: dict[str, Any], size: int) -> Iterator[No
     if record.exists():
         _compare(json.loads(record.read_text()), settings, work)
     else:
-        work.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(work.parent).free
-        if free < size:
-            raise InputError(
-                f"{work} needs up to {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free: make room first."
-            )
-        work.mkdir(exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)  # without its record, it is what a killed deletion left
+        check_space(work, size)
+        work.mkdir(parents=True)
         write_json(record, settings)
     with record.open() as lock:
         try:
@@ -258,7 +282,11 @@ def _place(activations: Activations, device: torch.device, needs: Needs) -> torc
     if activations != "auto":
         return {"device": device, "memory": host}.get(activations)
     for place in dict.fromkeys((device, host)):
-        free = psutil.virtual_memory().available if place == host else torch.cuda.mem_get_info(place)[0]
-        if needs.activations + (needs.working if place == device else 0) < FREE_SHARE * free:
+        if needs.activations + (needs.working if place == device else 0) < FREE_SHARE * _free(place):
             return place
     return None
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of the device's memory that are free."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -57,7 +57,7 @@ def test_a_failing_save_leaves_nothing(error, tmp_path, monkeypatch):
 
 def test_a_disk_too_small_is_refused_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(InputError, match=r"out needs 0\.00 GB, but only 0\.00 GB are free"):
+    with pytest.raises(InputError, match=r"out needs up to 0\.00 GB, but only 0\.00 GB are free"):
         save_model(tiny_model(), tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
@@ -80,7 +80,7 @@ def test_a_killed_save_leaves_no_folder_that_loads(tmp_path):
 
 
 def test_size_is_checked_where_the_folder_will_be(tmp_path):
-    with pytest.raises(InputError, match=r"needs 1000000000\.00 GB"):
+    with pytest.raises(InputError, match=r"needs up to 1000000000\.00 GB"):
         write_folder(tmp_path / "a" / "b", lambda _: None, size=10**18)
 
 

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from models import tiny_model
@@ -59,6 +61,13 @@ def error_of(*arguments) -> str:
     return lines[0].removeprefix("error: ")
 
 
+def raises(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
 def windows_of(model, texts, seed=None):
     documents = [file.read_text() for file in sorted(texts.iterdir())]
     return token_windows(load_tokenizer(model), join_documents(documents, seed), LENGTH)
@@ -76,6 +85,11 @@ class TestSlice:
     @pytest.fixture
     def common(self, model, texts, tmp_path):
         return ["slice", model, "--text", texts, "--out", tmp_path / "out", "--length", LENGTH]
+
+    @pytest.fixture
+    def little_memory(self, monkeypatch):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+        return monkeypatch
 
     @pytest.mark.parametrize(
         ("options", "arguments"),
@@ -118,6 +132,36 @@ class TestSlice:
         assert "Plans within the budget" in output
         assert {"spectra.png", "plans.png", "model.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
 
+    def test_streams_what_does_not_fit_into_memory(self, common, model, texts, tmp_path, little_memory):
+        result = run(*common, "--sequences", 5, "--sparsity", 0.25)
+        assert result.exit_code == 0, result.output
+        assert "Slicing from file to file: the model and its copy do not fit into memory. --no-stream" in result.stderr
+        assert "sliced" in result.stdout
+        calibration = batched(windows_of(model, texts, seed=0)[:5])
+        expected = slice_model(load_model(model), calibration, sparsity=0.25, progress=False).state_dict()
+        sliced = load_model(tmp_path / "out").state_dict()
+        assert sliced.keys() == expected.keys()
+        assert all(torch.equal(sliced[name], expected[name]) for name in expected)
+        assert (tmp_path / "out" / "spectra.png").exists()
+
+    def test_streams_or_not_when_told(self, common, tmp_path, little_memory):
+        assert "Perplexity: " in ran(*common, "--sequences", 5, "--sparsity", 0.25, "--no-stream")
+        (tmp_path / "out").rename(tmp_path / "in-memory")
+        little_memory.undo()
+        assert "Perplexity: " not in ran(*common, "--sequences", 5, "--sparsity", 0.25, "--stream")
+
+    def test_goes_on_with_an_unfinished_run(self, common, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr("slicegpt_fast.streaming.save_file", raises(OSError("No space left on device")))
+            error_of(*common, "--sequences", 5, "--sparsity", 0.25, "--stream")
+        result = run(*common, "--sequences", 5, "--sparsity", 0.25)
+        assert "Slicing from file to file: an earlier run is unfinished." in result.stderr
+        assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+    def test_basis_auto_is_not_streamed(self, common, little_memory):
+        message = error_of(*common, "--target-params", 0.8, "--basis", "auto")
+        assert message == "--basis auto compares whole models in memory: choose a basis, or give --no-stream."
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -158,10 +202,7 @@ class TestSlice:
         )
 
     def test_ctrl_c(self, common, tmp_path, monkeypatch):
-        def interrupt(*_, **__):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr("slicegpt_fast.slicing.apply_bases", interrupt)
+        monkeypatch.setattr("slicegpt_fast.slicing.apply_bases", raises(KeyboardInterrupt))
         result = run(*common, "--sequences", 5, "--sparsity", "0.2")
         assert (result.exit_code, result.stdout) == (130, "")
         assert result.stderr.splitlines()[-1] == "interrupted"

@@ -21,7 +21,7 @@ from transformers import BertConfig
 from slicegpt_fast import InputError, load_model, save_model, slice_checkpoint, slice_model, streaming
 from slicegpt_fast.slicing import make_plan
 from slicegpt_fast.slicing.shards import Shards
-from slicegpt_fast.streaming import Needs, estimate
+from slicegpt_fast.streaming import Needs, estimate, fits_in_memory
 
 PADDED = {"input_ids": tokens(2, 20, seed=1), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
 PADDED["attention_mask"][0, :7] = 0
@@ -268,6 +268,14 @@ def test_another_model_is_not_resumed(finished, tmp_path, monkeypatch):
         slice_checkpoint(dense, tmp_path / "out", CALIBRATION, sparsity=0.25, progress=False)
 
 
+def test_a_half_deleted_run_is_not_resumed(finished, tmp_path, monkeypatch):
+    unfinished(finished / "dense", tmp_path, monkeypatch)
+    (tmp_path / WORK / "settings.json").unlink()
+    slice_checkpoint(finished / "dense", tmp_path / "out", CALIBRATION, progress=False, **ARGUMENTS)
+    assert_same(tmp_path / "out", finished / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def unfinished(source, folder, monkeypatch):
     """Leave the work folder of a killed run."""
     with monkeypatch.context() as patch:
@@ -395,6 +403,26 @@ class TestCheckpoints:
             self.run(dense, **arguments)
         assert os.listdir(dense.parent) == ["dense"]
 
+    def test_a_hub_id(self, dense, monkeypatch):
+        monkeypatch.setattr(
+            "slicegpt_fast.checkpoint.snapshot_download", lambda id, **_: {"some/model": str(dense)}[id]
+        )
+        slice_checkpoint("some/model", dense.with_name("out"), CALIBRATION, sparsity=0.25, progress=False)
+        expected = slice_model(load_model(dense), CALIBRATION, sparsity=0.25, progress=False).state_dict()
+        for name, tensor in load_model(dense.with_name("out")).state_dict().items():
+            assert torch.equal(tensor, expected[name])
+
+    def test_an_unknown_hub_id_offline(self, dense, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(InputError, match="cannot load nobody/nothing: "):
+            slice_checkpoint("nobody/nothing", dense.with_name("out"), CALIBRATION, sparsity=0.25)
+
+    def test_a_single_file(self, dense):
+        file = dense / "dense.gguf"
+        file.touch()
+        with pytest.raises(InputError, match=r"dense\.gguf is a single file: give a folder with a safetensors"):
+            slice_checkpoint(file, dense.with_name("out"), CALIBRATION, sparsity=0.25)
+
     def test_no_such_folder_and_a_folder_in_use(self, dense):
         with pytest.raises(InputError, match="does not exist: give a hub id, a local folder"):
             self.run(dense / "missing")
@@ -409,3 +437,12 @@ def test_activations_are_kept_where_they_fit(free, place, monkeypatch):
     needs = Needs(working=900_000, activations=1000, disk=0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     assert streaming._place("auto", torch.device("cpu"), needs) == place
+
+
+def test_a_model_and_its_copy_fit_in_memory_or_not(finished, monkeypatch):
+    size = load_model(finished / "dense").get_memory_footprint()
+    free = int(2 * size / streaming.FREE_SHARE)
+    for available, dtype, fits in [(free + 2, None, True), (free, None, False), (free, torch.bfloat16, True)]:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available))
+        assert fits_in_memory(finished / "dense", dtype=dtype, device="cpu") == fits
+    assert fits_in_memory("model.gguf", device="cpu")

@@ -1,4 +1,4 @@
-"""The parts that the matmul kernels share: loading a tile, ordering tiles, activations, split-K."""
+"""The parts that the matmul kernels share: loading and storing a tile, ordering tiles, adding shares, activations."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def store_tile(target, rows, columns, row_end, column_end, stride, value):
     pointers = target + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     mask = (rows < row_end)[:, None] & (columns < column_end)[None, :]
     tl.store(pointers, value.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_in_order(shares, cells, mask, count, stride):
+    """Sum of the fp32 values at ``cells`` of ``count`` shares, ``stride`` apart, from the first to the last."""
+    total = tl.zeros(cells.shape, dtype=tl.float32)
+    pointers = shares + cells
+    for _ in range(count):
+        total += tl.load(pointers, mask=mask, cache_modifier=".cg")
+        pointers += stride
+    return total
 
 
 @triton.jit

@@ -33,7 +33,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import arrives_last, counters, fits_tma, gpu_of, launch, matrix, vector_width
-from .matmul import activate, load_tile, store_tile, tile_position
+from .matmul import activate, add_in_order, load_tile, store_tile, tile_position
 from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
 
 
@@ -161,7 +161,7 @@ def norm_linear_decode(
     bias,  # [n - unscaled] or None
     sumsq,  # [M] fp32 or None
     y,  # [M, out + unscaled]
-    partial,  # [tiles, SPLIT, blocks of W, BN, BM] fp32
+    partial,  # [tiles, blocks of W, SPLIT, BN, BM] fp32
     partial_square,  # [tiles, SPLIT, BM] fp32
     counter,  # [tiles] int32, zero
     M,
@@ -213,22 +213,19 @@ def norm_linear_decode(
     complete = True
     if SPLIT > 1:
         cells = tl.arange(0, BN)[:, None] * BM + rows[None, :]
-        share = tile.to(tl.int64) * SPLIT + split
-        tl.store(partial + share * (BLOCKS * BN * BM) + cells, acc)
+        shares = partial + tile.to(tl.int64) * (BLOCKS * SPLIT * BN * BM)
+        up_shares = shares + SPLIT * BN * BM
+        squares = partial_square + tile.to(tl.int64) * (SPLIT * BM)
+        tl.store(shares + split * (BN * BM) + cells, acc)
         if GATED:
-            tl.store(partial + share * (BLOCKS * BN * BM) + BN * BM + cells, up)
-        tl.store(partial_square + share * BM + rows, square)
+            tl.store(up_shares + split * (BN * BM) + cells, up)
+        tl.store(squares + split * BM + rows, square)
         complete = arrives_last(counter + tile, SPLIT)
         if complete:
-            acc = tl.zeros((BN, BM), dtype=tl.float32)
-            up = tl.zeros((BN, BM), dtype=tl.float32) if GATED else None
-            square = tl.zeros((BM,), dtype=tl.float32)
-            for other in range(SPLIT):
-                share = tile.to(tl.int64) * SPLIT + other
-                acc += tl.load(partial + share * (BLOCKS * BN * BM) + cells, cache_modifier=".cg")
-                if GATED:
-                    up += tl.load(partial + share * (BLOCKS * BN * BM) + BN * BM + cells, cache_modifier=".cg")
-                square += tl.load(partial_square + share * BM + rows, cache_modifier=".cg")
+            acc = add_in_order(shares, cells, None, SPLIT, BN * BM)
+            if GATED:
+                up = add_in_order(up_shares, cells, None, SPLIT, BN * BM)
+            square = add_in_order(squares, rows, None, SPLIT, BM)
     if complete:
         if sumsq is not None:
             square = tl.load(sumsq + rows, mask=rows < M, other=1.0)

@@ -32,7 +32,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import arrives_last, counters, fits_tma, gpu_of, launch, matrix, vector_width
-from .matmul import load_tile, store_tile, tile_position
+from .matmul import add_in_order, load_tile, store_tile, tile_position
 from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
 
 
@@ -61,17 +61,6 @@ def finish(
     store_tile(y, rows, columns, M, N, stride_y, rounded)
     rounded = rounded.to(tl.float32)
     return tl.sum(rounded * rounded, axis=1)
-
-
-@triton.jit
-def add_in_order(partial, sumsq, rows, M, tiles, stride):
-    """sumsq[rows] = the tiles' partial sums, added from the first to the last."""
-    total = tl.zeros(rows.shape, dtype=tl.float32)
-    pointers = partial + rows
-    for _ in range(tiles):
-        total += tl.load(pointers, mask=rows < M, other=0.0, cache_modifier=".cg")
-        pointers += stride
-    tl.store(sumsq + rows, total, mask=rows < M)
 
 
 @triton.jit
@@ -123,7 +112,7 @@ def residual_linear_prefill(
         square = finish(acc, rows, n, bias, residual, y, M, N, stride_residual * VEC, stride_y * VEC, BN)
         tl.store(partial + tile_n.to(tl.int64) * M + rows, square, mask=rows < M)
         if arrives_last(counter + tile_m, tiles_n):
-            add_in_order(partial, sumsq, rows, M, tiles_n, M)
+            tl.store(sumsq + rows, add_in_order(partial, rows, rows < M, tiles_n, M), mask=rows < M)
 
 
 @triton.jit
@@ -176,18 +165,16 @@ def residual_linear_decode(
     complete = True
     if SPLIT > 1:
         cells = tl.arange(0, BN)[:, None] * BM + rows[None, :]
-        first = tile.to(tl.int64) * (SPLIT * BN * BM)
-        tl.store(shares + first + split * (BN * BM) + cells, acc)
+        tile_shares = shares + tile.to(tl.int64) * (SPLIT * BN * BM)
+        tl.store(tile_shares + split * (BN * BM) + cells, acc)
         complete = arrives_last(counter + 1 + tile, SPLIT)
         if complete:
-            acc = tl.zeros((BN, BM), dtype=tl.float32)
-            for other in range(SPLIT):
-                acc += tl.load(shares + first + other * (BN * BM) + cells, cache_modifier=".cg")
+            acc = add_in_order(tile_shares, cells, None, SPLIT, BN * BM)
     if complete:
         square = finish(tl.trans(acc), rows, n, bias, residual, y, M, N, stride_residual * VEC, stride_y * VEC, BN)
         tl.store(partial + tile * BM + rows, square)
         if arrives_last(counter, tl.num_programs(0)):
-            add_in_order(partial, sumsq, rows, M, tl.num_programs(0), BM)
+            tl.store(sumsq + rows, add_in_order(partial, rows, None, tl.num_programs(0), BM), mask=rows < M)
 
 
 def residual_linear(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slicegpt_fast.ops import cpu
 from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, require, triton_refuses
 
 ROWS_PER_STEP = 4096  # bounds the fp64 copy of x
@@ -18,7 +19,8 @@ def covariance_(
     Args:
         acc: [D, D] accumulator, fp64 (the master that loses nothing over many calls) or fp32. Symmetric: a kernel
             reads its lower triangle and writes both.
-        x: [N, D] activations of any floating dtype. fp32 is not rounded to tf32.
+        x: [N, D] activations of any floating dtype. fp32 is not rounded to tf32. Kernels sum blocks of rows in fp32,
+            which these sums must not overflow.
         row_scale: [N] factor of each row, such as the reciprocal norm of the normalised signal. With fp16 ``x``, the
             scaled
             rows must lie in fp16's range.
@@ -84,4 +86,5 @@ OP = Op(
     request=request,
     fake=lambda acc, x, row_scale, mask: None,
 )
+OP.add_backend("cpu", cpu.covariance_, cpu.refuses)
 OP.add_backend("triton", _triton, triton_refuses)

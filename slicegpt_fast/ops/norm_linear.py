@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slicegpt_fast.ops import cpu
 from slicegpt_fast.ops.dispatch import DECODE_ROWS, Op, Request, check_matrix, check_vector, require, triton_refuses
 
 ACTIVATIONS = {
@@ -143,4 +144,5 @@ OP = Op(
     request=request,
     fake=fake,
 )
+OP.add_backend("cpu", cpu.norm_linear, cpu.refuses)
 OP.add_backend("triton", _triton, triton_refuses)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slicegpt_fast.ops import norm_linear
 from slicegpt_fast.ops.dispatch import DECODE_ROWS
+from slicegpt_fast.ops.norm_linear import norm_linear
 from slicegpt_fast.patching.layers import Forward, NotFusable, Requests, requests
 
 

@@ -30,8 +30,9 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from slicegpt_fast.architectures import Architecture, Branch, Sublayer, Weight, at, weights
-from slicegpt_fast.ops import norm_linear, residual_linear
 from slicegpt_fast.ops.dispatch import HALF, Request
+from slicegpt_fast.ops.norm_linear import norm_linear
+from slicegpt_fast.ops.residual_linear import residual_linear
 from slicegpt_fast.patching.packing import PackedWeight
 from slicegpt_fast.slicing.layers import (
     AlignedShortcut,

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from slicegpt_fast.architectures import Weight
 
+Slot = tuple[dict[str, Any], str]  # a module's parameters, and the name of one
+
 
 class PackedWeight:
     """Weights stored as the rows of one matrix [n, d], one below the other, and their biases as one vector [n].
@@ -30,6 +32,11 @@ class PackedWeight:
         self.weights = weights
         self.gamma = gamma
         self.negated = negated
+        # Where the parameters stand that are views and those that are copied: looked at on every call.
+        own: list[Slot] = [(w.owner._parameters, name) for w in weights for name in (w.name, "bias")]
+        own = [(slots, name) for slots, name in own if slots.get(name) is not None]
+        others: list[Slot] = [(module._parameters, "weight") for module in (gamma, negated) if module is not None]
+        self._shared, self._copied = (own, others) if gamma is None else ([], own + others)
         self._matrix: Tensor | None = None
         self._bias: Tensor | None = None
         self._packed: list[int] = []
@@ -83,25 +90,17 @@ class PackedWeight:
     def unpack(self) -> None:
         """Gives every parameter memory of its own again, laid out as it was before."""
         with torch.inference_mode(False):
-            for parameter in self._shared():
+            for slots, name in self._shared:
+                parameter = slots[name]
                 parameter.data = (
                     parameter.data.contiguous() if not parameter.is_contiguous() else parameter.data.clone()
                 )
 
-    def _shared(self) -> list[Tensor]:
-        """The parameters that are views."""
-        if self.gamma is not None:
-            return []
-        return [p for weight in self.weights for p in (weight.parameter, weight.bias) if p is not None]
-
     def _identity(self) -> list[int]:
         """Where all that is packed stands; changes when it is replaced and, for copies, when it is updated in place."""
-        shared = self._shared()
-        identity = [parameter.data_ptr() for parameter in shared]
-        copied = [module.weight for module in (self.gamma, self.negated) if module is not None]
-        if not shared:
-            copied += [p for weight in self.weights for p in (weight.parameter, weight.bias) if p is not None]
-        for parameter in copied:
+        identity = [slots[name].data_ptr() for slots, name in self._shared]
+        for slots, name in self._copied:
+            parameter = slots[name]
             identity += [parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version]
         return identity
 

@@ -112,13 +112,15 @@ def find_bases(
                 values, vectors = principal_components(covariance)
                 spectra.append(values)
                 matrices.append(vectors[:, : plan.widths[stop.site]].clone(memory_format=torch.contiguous_format))
+                deleted = vectors[:, plan.widths[stop.site] :].to(model.dtype)
             else:
                 unfinished.append(covariance)
             if stop.layer is None or stop.sublayer is None:
                 continue
-            projection = (matrices[-1] @ matrices[-1].T).to(model.dtype) if each_its_own else None
             for i, arguments in enumerate(stream.layer_arguments):
-                state = stream.states[i] if projection is None else stream.states[i] @ projection
+                state = stream.states[i]
+                if each_its_own:
+                    state = state - state @ deleted @ deleted.T
                 normalised = normalise(stop.layer, stop.sublayer, state)
                 output, _ = run_sublayer(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
                 stream.states[i] = state + output

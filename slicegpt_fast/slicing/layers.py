@@ -1,6 +1,6 @@
 """The shape of a sliced model: weightless norms, narrow linear layers, shortcuts on the residual path."""
 
-from types import MethodType
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -103,6 +103,14 @@ def forward_with_shortcuts(layer: nn.Module, hidden_states: Tensor, *positional:
     return (hidden_states, attention_weights) if architecture.returns_tuple else hidden_states
 
 
+@cache
+def with_shortcuts(kind: type[nn.Module], architecture: Architecture) -> type[nn.Module]:
+    """The class of a family's decoder layers with shortcuts; its name stays, by which other libraries know it."""
+    if hasattr(kind, "architecture"):
+        return kind
+    return type(kind.__name__, (kind,), {"architecture": architecture, "forward": forward_with_shortcuts})
+
+
 def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
     """Give ``model`` the modules and shapes of ``plan``; every new parameter is on the meta device, to be filled."""
     architecture = architecture_of(model)
@@ -126,8 +134,7 @@ def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
             if rank is not None:
                 shortcut = AlignedShortcut(width, following, rank, **factory)
             layer.add_module(shortcut_name(sublayer), shortcut.requires_grad_(writer.matrix.requires_grad))
-            layer.architecture = architecture  # type: ignore[assignment]
-            layer.forward = MethodType(forward_with_shortcuts, layer)
+            layer.__class__ = with_shortcuts(type(layer), architecture)  # type: ignore[arg-type]
     norm = at(model, architecture.final_norm)
     _narrow_reader_(Weight(model.get_output_embeddings()), norm, plan.widths[-1])
     model.set_submodule(architecture.final_norm, WeightlessRMSNorm(plan.full_width, norm_eps(norm)))

@@ -14,6 +14,11 @@ def assert_as_good_as_torch(value: Tensor, by_torch: Tensor, exact: Tensor) -> N
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
+def device_of(backend: str) -> str:
+    """Where the tests of a backend run."""
+    return "cuda" if backend != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def double(x: object) -> object:
     """The same arguments in fp64."""
     if isinstance(x, tuple):

@@ -1,96 +1,22 @@
-"""Compiles kernels ahead of time for GPUs that are not here, through the launch code that a user's call takes.
+"""Compiles every kernel for a GPU that is not here and says what is wrong with it.
 
-    python tests/ops/aot.py sm_90 some|all
-
-A stand-in driver names the target, and `launch` compiles in place of launching, so every specialisation (alignment,
-descriptors, tile) is the one that a real call would compile.
+python tests/ops/aot.py sm_90 some|all
 """
 
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from slicegpt_fast.triton_kernels import covariance, norm_linear, residual_linear, tiles
+from slicegpt_fast.triton_kernels.compile_ahead import GPUS, Compiled, compile_calls
 from slicegpt_fast.triton_kernels.launch import Gpu
 
-GPUS = {
-    "sm_80": Gpu("NVIDIA A100", (8, 0), 108, 163 * 1024),
-    "sm_90": Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024),
-    "sm_100": Gpu("NVIDIA B200", (10, 0), 148, 227 * 1024),
-}
-MODULES = (covariance, norm_linear, residual_linear)
-
-
-class _Driver:
-    """Answers what Triton's compiler asks a driver."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self.target = GPUTarget("cuda", 10 * gpu.capability[0] + gpu.capability[1], 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> GPUTarget:
-        return self.target  # the key of Triton's kernel caches: one per target
-
-    def get_current_stream(self, device: Any) -> int:
-        return 0
-
-
-@dataclass(frozen=True)
-class Compiled:
-    name: str
-    registers: int
-    spilled_bytes: int
-    shared_memory: int
-    ptx: str
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of stack, which is where spills go."""
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
-
-
-def compile_calls(gpu: Gpu, call: Callable[[], Any]) -> list[Compiled]:
-    """Every kernel that ``call`` would launch on ``gpu``, compiled."""
-    compiled = []
-
-    def compile_only(kernel: Any, grid: Any, device: Any, *args: Any, **meta: Any) -> None:
-        binary = kernel.warmup(*args, grid=grid, **meta)
-        registers, spilled = _resources(binary.asm["cubin"])
-        compiled.append(Compiled(binary.metadata.name, registers, spilled, binary.metadata.shared, binary.asm["ptx"]))
-
-    names = {"launch": compile_only, "gpu_of": lambda device: gpu}
-    originals = [(module, name, getattr(module, name)) for module in MODULES for name in names]
-    driver.set_active(_Driver(gpu))
-    try:
-        for module, name, _ in originals:
-            setattr(module, name, names[name])
-        call()
-    finally:
-        for module, name, original in originals:
-            setattr(module, name, original)
-        driver._active = None
-    return compiled
-
+# The compiler may trade a few bytes of an fp32 kernel's registers for a full step of occupancy.
+SPILLED_BYTES = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 64}
 
 Case = tuple[str, Callable[[], Any], str]  # name, call, kernel whose MMAs are checked
 
@@ -142,7 +68,7 @@ CASES = (covariance_cases, norm_linear_cases, residual_linear_cases)
 
 def problems(gpu: Gpu, dtype: torch.dtype, mma_kernel: str, kernel: Compiled) -> Iterator[str]:
     """What is wrong with a compiled kernel."""
-    if kernel.spilled_bytes and dtype != torch.float32:
+    if kernel.spilled_bytes > SPILLED_BYTES[dtype]:
         yield f"{kernel.spilled_bytes} bytes spilled ({kernel.registers} registers)"
     if kernel.shared_memory > gpu.shared_memory:
         yield f"{kernel.shared_memory} bytes of shared memory"

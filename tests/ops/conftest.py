@@ -1,21 +1,46 @@
-"""Kernels run on the GPU where there is one, else in the interpreter, asked for before they are imported."""
+"""The tests of an op run on each backend that this machine has.
+
+``backend`` and ``dtype`` are parameters of every test that names them. Triton kernels run on the GPU where there is
+one, else in the interpreter, which is asked for before they are imported.
+"""
 
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from ops.accuracy import device_of
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+HALF = [torch.float16, torch.bfloat16]
+KERNELS = {
+    "cpu": [*HALF, torch.float32],
+    "triton": [*(HALF if torch.cuda.is_available() else HALF[:1]), torch.float32],  # interpreted bf16 is garbage
+}
+
 
 @pytest.fixture
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the test's backend runs."""
+    return device_of(request.getfixturevalue("backend") if "backend" in request.fixturenames else "triton")
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``dtype``: those that this machine's Triton gets right (the interpreter's bf16 matmul is garbage)."""
-    if "dtype" in metafunc.fixturenames:
-        half = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float16]
-        metafunc.parametrize("dtype", [*half, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch."))
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    names = [x for x in ("backend", "dtype") if x in metafunc.fixturenames and not any(x in named for named in own)]
+    if names == ["backend", "dtype"]:
+        cases = [(backend, dtype) for backend, dtypes in KERNELS.items() for dtype in dtypes]
+    else:
+        cases = list(KERNELS) if names == ["backend"] else KERNELS["triton"]
+    if names:
+        metafunc.parametrize(",".join(names), cases, ids=lambda x: str(x).removeprefix("torch."))

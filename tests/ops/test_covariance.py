@@ -4,12 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops.accuracy import device_of, poisoned
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops import covariance_, use_backend
 
-KERNEL_BACKENDS = ["reference", "triton"]
+on_cpu = pytest.mark.parametrize(
+    ("backend", "dtype"), [("cpu", dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)], ids=str
+)
 
 
 def exact(x, row_scale=None, mask=None):
@@ -31,8 +34,7 @@ def uneven(N, D, dtype, device):
     return ((torch.randn(N, D, device=device) + 0.5) * sizes).to(dtype)
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
-@pytest.mark.parametrize("shape", [(1, 8), (3, 17), (17, 40), (199, 136), (530, 152)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (3, 17), (17, 40), (199, 136), (530, 152)], ids=str)
 def test_matches_fp64(shape, backend, dtype, device):
     x = uneven(*shape, dtype, device)
     acc = torch.eye(shape[1], dtype=torch.float64, device=device)
@@ -42,7 +44,18 @@ def test_matches_fp64(shape, backend, dtype, device):
     assert torch.equal(acc, acc.T)
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@on_cpu
+@pytest.mark.parametrize("shape", [(300, 1230), (4500, 50)], ids=str)
+@pytest.mark.parametrize("master", [torch.float64, torch.float32], ids=str)
+def test_more_than_one_tile_or_chunk(shape, master, backend, dtype):
+    x = uneven(*shape, dtype, "cpu")
+    acc = torch.eye(shape[1], dtype=master)
+    expected = acc + exact(x)
+    covariance_(acc, x, backend=backend)
+    assert relative_error(acc, expected) <= 1e-6
+    assert torch.equal(acc, acc.T)
+
+
 @pytest.mark.parametrize("width", [40, 33])
 def test_row_scale_and_mask(width, backend, dtype, device):
     x = uneven(199, width, dtype, device)
@@ -57,10 +70,9 @@ def test_row_scale_and_mask(width, backend, dtype, device):
     assert relative_error(acc, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_views(backend, dtype, device):
     store = uneven(120, 100, dtype, device)
-    for x in (store[:, 3:40], store[::3, 8:48], store[5:, 16:56], store[:40].T):
+    for x in (store[:, 3:40], store[::3, 8:48], store[5:, 16:56], store[:40].T, poisoned(store[:51, :49])):
         acc = torch.full((x.shape[1] + 2, x.shape[1]), 7.0, dtype=torch.float32, device=device)
         covariance_(acc[1:-1], x, backend=backend)
         assert relative_error(acc[1:-1], 7.0 + exact(x)) <= 1e-6
@@ -68,7 +80,61 @@ def test_views(backend, dtype, device):
         assert (acc[-1] == 7).all()
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_acc_of_any_strides(backend, device):
+    x = uneven(30, 40, torch.float32, device)
+    store = torch.zeros(80, 80, dtype=torch.float64, device=device)
+    for acc in (store[:40, :40].T, store[40:, ::2]):
+        covariance_(acc, x, backend=backend)
+        assert relative_error(acc, exact(x)) <= 1e-6
+    assert (store[40:, 1::2] == 0).all()
+
+
+@on_cpu
+def test_only_the_lower_triangle_is_read(backend, dtype):
+    x = uneven(50, 100, dtype, "cpu")
+    acc = torch.full((100, 100), float("nan")).triu(1)
+    covariance_(acc, x, backend=backend)
+    assert relative_error(acc, exact(x)) <= 1e-6
+
+
+def test_a_mask_leaves_nothing_or_all(backend, dtype, device):
+    x = uneven(20, 24, dtype, device)
+    acc = torch.zeros(24, 24, dtype=torch.float64, device=device)
+    covariance_(acc, x, mask=torch.zeros(20, dtype=torch.bool, device=device), backend=backend)
+    assert (acc == 0).all()
+    covariance_(acc, x, mask=torch.ones(20, dtype=torch.bool, device=device), backend=backend)
+    assert relative_error(acc, exact(x)) <= 1e-6
+
+
+@on_cpu
+def test_a_row_that_is_not_finite_shows_in_its_columns_alone(backend, dtype):
+    x = uneven(150, 100, dtype, "cpu")
+    x[140, 50] = float("inf")
+    acc = torch.zeros(100, 100)
+    covariance_(acc, x, backend=backend)
+    assert not acc[50].isfinite().any()
+    others = torch.arange(100) != 50
+    assert acc[others][:, others].isfinite().all()
+
+
+def test_many_fp32_rows_are_as_good_as_torch():
+    x = uneven(40000, 24, torch.float32, "cpu")
+    acc = torch.zeros(24, 24, dtype=torch.float64)
+    covariance_(acc, x, backend="cpu")
+    assert relative_error(acc, exact(x)) <= 2 * relative_error(x.T @ x, exact(x))
+
+
+@on_cpu
+@pytest.mark.parametrize("shape", [(70, 130), (300, 1230)], ids=str)
+def test_threads_change_no_bit(shape, backend, dtype, threads):
+    x = uneven(*shape, dtype, "cpu")
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(covariance_(torch.zeros(shape[1], shape[1]), x, backend=backend))
+    assert all(torch.equal(results[0], result) for result in results)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (5, 0)], ids=str)
 def test_empty(shape, backend, dtype, device):
     acc = torch.ones(shape[1], shape[1], device=device)
@@ -80,14 +146,14 @@ def test_empty(shape, backend, dtype, device):
 @given(
     N=st.integers(1, 300), D=st.integers(1, 140), masked=st.booleans(), scaled=st.booleans(), seed=st.integers(0, 99)
 )
-def test_any_shape(N, D, masked, scaled, seed):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def test_any_shape(backend, N, D, masked, scaled, seed):
     torch.manual_seed(seed)
+    device = device_of(backend)
     x = uneven(N, D, torch.float16, device)
     mask = torch.rand(N, device=device) > 0.5 if masked else None
     row_scale = torch.rand(N, device=device) + 0.1 if scaled else None
     acc = torch.zeros(D, D, dtype=torch.float64, device=device)
-    covariance_(acc, x, row_scale, mask, backend="triton")
+    covariance_(acc, x, row_scale, mask, backend=backend)
     assert relative_error(acc, exact(x, row_scale, mask)) <= (1e-5 if scaled else 1e-6)
 
 
@@ -104,12 +170,41 @@ def test_splits_add_up_in_order(device, monkeypatch):
     assert torch.equal(*results)
 
 
-def test_offsets_are_64_bit(device):
+@on_cpu
+@pytest.mark.parametrize("master", [torch.float64, torch.float32], ids=str)
+def test_a_million_tokens_in_many_calls(master, backend, dtype):
+    x = uneven(10**6, 16, dtype, "cpu")
+    acc = torch.zeros(16, 16, dtype=master)
+    for rows in x.split(4000):
+        covariance_(acc, rows, backend=backend)
+    assert relative_error(acc, exact(x)) <= 1e-6
+
+
+def test_a_call_onto_a_million_tokens_errs_by_what_it_adds(backend, dtype, device):
+    """So errors are no larger in a sum over any number of calls. An fp32 master would round by more."""
+    held = exact(uneven(10**6, 16, torch.float16, device))
+    x = uneven(700, 16, dtype, device)
+    acc = held.clone()
+    covariance_(acc, x, backend=backend)
+    assert relative_error(acc - held, exact(x)) <= 1e-6
+
+
+def test_the_longest_split(device, monkeypatch):
+    from slicegpt_fast.triton_kernels import covariance
+
+    monkeypatch.setattr(covariance, "choose_splits", lambda gpu, tile, N, D: 1)
+    x = uneven(covariance.LONGEST_SPLIT, 16, torch.float16, device)
+    acc = torch.zeros(16, 16, dtype=torch.float64, device=device)
+    covariance_(acc, x, backend="triton")
+    assert relative_error(acc, exact(x)) <= 1e-6
+
+
+def test_offsets_are_64_bit(backend, device):
     """Rows lie 2^30 elements apart, so the last one starts past 2^31."""
     x = torch.empty_strided((4, 16), (2**30, 1), dtype=torch.float16, device=device)
     x.copy_(torch.randn(4, 16))
     acc = torch.zeros(16, 16, dtype=torch.float64, device=device)
-    covariance_(acc, x, backend="triton")
+    covariance_(acc, x, backend=backend)
     assert relative_error(acc, exact(x)) <= 1e-6
 
 

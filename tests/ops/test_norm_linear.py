@@ -1,10 +1,10 @@
-"""norm_linear: the Triton kernels against fp64, by the rule of `accuracy`."""
+"""norm_linear: the kernels against fp64, by the rule of `accuracy`."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.accuracy import assert_as_good_as_torch, double, poisoned, random
+from ops.accuracy import assert_as_good_as_torch, device_of, double, poisoned, random
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from slicegpt_fast.errors import InputError
@@ -22,37 +22,37 @@ def inputs(M, n, d, dtype, device, activation=None, unscaled=0, bias=True):
     return h, weight, bias, EPS, d + 24, None, activation, unscaled
 
 
-def check(arguments):
-    y = norm_linear(*arguments, backend="triton")
+def check(arguments, backend):
+    y = norm_linear(*arguments, backend=backend)
     exact = reference(*double(arguments))
     assert_as_good_as_torch(y, reference(*arguments), exact)
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 24), (3, 17, 33), (17, 72, 40), (199, 136, 88), (40, 33, 17)], ids=str)
-def test_matches_fp64(shape, dtype, device):
-    check(inputs(*shape, dtype, device))
+def test_matches_fp64(shape, backend, dtype, device):
+    check(inputs(*shape, dtype, device), backend)
 
 
 @pytest.mark.parametrize("M", [3, 40])
 @pytest.mark.parametrize("unscaled", [0, 8, 3])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_and_unscaled_columns(activation, unscaled, M, device):
-    check(inputs(M, 2 * 36 + unscaled, 40, torch.float16, device, activation, unscaled))
+def test_activations_and_unscaled_columns(activation, unscaled, M, backend, dtype, device):
+    check(inputs(M, 2 * 36 + unscaled, 40, dtype, device, activation, unscaled), backend)
 
 
 @pytest.mark.parametrize("M", [5, 130])
-def test_more_than_one_tile(M, dtype, device):
-    check(inputs(M, 300, 200, dtype, device, "silu_gate", 40))
+def test_more_than_one_tile(M, backend, dtype, device):
+    check(inputs(M, 300, 200, dtype, device, "silu_gate", 40), backend)
 
 
 @pytest.mark.parametrize("M", [2, 33])
-def test_given_sumsq(M, dtype, device):
+def test_given_sumsq(M, backend, dtype, device):
     h, weight, bias, eps, width, *rest = inputs(M, 24, 40, dtype, device)
-    check((h, weight, bias, eps, width, h.float().square().sum(1) * 1.5, *rest[1:]))
+    check((h, weight, bias, eps, width, h.float().square().sum(1) * 1.5, *rest[1:]), backend)
 
 
 @pytest.mark.parametrize("M", [3, 40])
-def test_views_and_poison(M, dtype, device):
+def test_views_and_poison(M, backend, dtype, device):
     h, weight, *rest = inputs(M, 48, 40, dtype, device)
     exact = reference(*double((h, weight, *rest)))
     by_torch = reference(h, weight, *rest)
@@ -60,10 +60,9 @@ def test_views_and_poison(M, dtype, device):
     store[:, 8:48] = h
     for x in (poisoned(h), store[:, 8:48], h.T.contiguous().T):
         for w in (poisoned(weight), weight.T.contiguous().T):
-            assert_as_good_as_torch(norm_linear(x, w, *rest, backend="triton"), by_torch, exact)
+            assert_as_good_as_torch(norm_linear(x, w, *rest, backend=backend), by_torch, exact)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("shape", [(0, 8, 16), (4, 0, 16), (4, 8, 0)], ids=str)
 def test_empty(shape, backend, dtype, device):
     y = norm_linear(*inputs(*shape, dtype, device, bias=False), backend=backend)
@@ -80,10 +79,9 @@ def test_empty(shape, backend, dtype, device):
     activation=st.sampled_from(list(ACTIVATIONS)),
     seed=st.integers(0, 99),
 )
-def test_any_shape(M, pairs, d, unscaled, activation, seed):
+def test_any_shape(backend, M, pairs, d, unscaled, activation, seed):
     torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(inputs(M, 2 * pairs + unscaled, d, torch.float16, device, activation, unscaled))
+    check(inputs(M, 2 * pairs + unscaled, d, torch.float16, device_of(backend), activation, unscaled), backend)
 
 
 def test_decode_split_k_is_exact_and_repeatable(device, monkeypatch):
@@ -91,24 +89,24 @@ def test_decode_split_k_is_exact_and_repeatable(device, monkeypatch):
 
     monkeypatch.setattr(kernels, "choose_split", lambda gpu, tile, tiles, k: (3, -(-k // (3 * tile.k)) * tile.k))
     arguments = inputs(5, 72, 720, torch.float16, device, "silu_gate", 8)
-    check(arguments)
+    check(arguments, "triton")
     assert torch.equal(*(norm_linear(*arguments, backend="triton") for _ in range(2)))
 
 
-def test_large_values_do_not_overflow(device):
+def test_large_values_do_not_overflow(backend, device):
     """h W^T alone would pass fp16's largest number; the norm brings it back."""
     h, weight, *rest = inputs(20, 16, 32, torch.float16, device)
-    check((h * 1000, weight * 100, *rest))
+    check((h * 1000, weight * 100, *rest), backend)
 
 
 @pytest.mark.parametrize("M", [3, 17])
-def test_offsets_are_64_bit(M, device):
+def test_offsets_are_64_bit(M, backend, device):
     """The last rows of h and weight start past 2^31 elements."""
     h, weight, *rest = inputs(M, 24, 16, torch.float16, device)
     far_h = torch.empty_strided(h.shape, (2**31 // (M - 1) // 8 * 8 + 8, 1), dtype=h.dtype, device=device).copy_(h)
     far_w = torch.empty_strided(weight.shape, (2**27, 1), dtype=h.dtype, device=device).copy_(weight)
     assert torch.equal(
-        norm_linear(far_h, far_w, *rest, backend="triton"), norm_linear(h, weight, *rest, backend="triton")
+        norm_linear(far_h, far_w, *rest, backend=backend), norm_linear(h, weight, *rest, backend=backend)
     )
 
 
@@ -118,6 +116,22 @@ def test_silu_gate_takes_the_gate_rows_first():
     expected = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
     y = norm_linear(h, torch.cat((gate, up)), None, 0.0, 4, activation="silu_gate", backend="reference")
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("M", [1, 7, 100])
+def test_threads_change_no_bit(M, dtype, threads):
+    arguments = inputs(M, 70, 136, dtype, "cpu", "gelu", 3)
+    expected = norm_linear(*arguments, backend="cpu")
+    for count in (1, 3):
+        threads(count)
+        assert torch.equal(norm_linear(*arguments, backend="cpu"), expected)
+
+
+def test_cpu_leaves_fp64_to_torch():
+    arguments = double(inputs(2, 4, 3, torch.float32, "cpu"))
+    with pytest.raises(InputError, match=r"'cpu' cannot run norm_linear: it has no torch\.float64 kernel"):
+        norm_linear(*arguments, backend="cpu")
+    assert torch.equal(norm_linear(*arguments), reference(*arguments))
 
 
 @pytest.mark.parametrize(

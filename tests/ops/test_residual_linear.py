@@ -1,10 +1,10 @@
-"""residual_linear: the Triton kernels against fp64, by the rule of `accuracy`."""
+"""residual_linear: the kernels against fp64, by the rule of `accuracy`."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.accuracy import assert_as_good_as_torch, double, poisoned, random
+from ops.accuracy import assert_as_good_as_torch, device_of, double, poisoned, random
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from slicegpt_fast.errors import InputError
@@ -30,8 +30,8 @@ def inputs(M, n, k, shortcut, dtype, device, bias=True):
     )
 
 
-def check(arguments):
-    y, sumsq = residual_linear(*arguments, backend="triton")
+def check(arguments, backend):
+    y, sumsq = residual_linear(*arguments, backend=backend)
     by_torch, _ = residual_linear(*arguments, backend="reference")
     exact, _ = residual_linear(*double(arguments), backend="reference")
     assert_as_good_as_torch(y, by_torch, exact)
@@ -40,39 +40,42 @@ def check(arguments):
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("shape", [(1, 40, 24), (3, 17, 33), (17, 72, 40), (199, 136, 88), (40, 33, 17)], ids=str)
-def test_matches_fp64(shape, shortcut, dtype, device):
-    check(inputs(*shape, shortcut, dtype, device))
+def test_matches_fp64(shape, shortcut, backend, dtype, device):
+    check(inputs(*shape, shortcut, dtype, device), backend)
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("M", [5, 140])
-def test_more_than_one_tile(M, shortcut, device):
-    check(inputs(M, 264, 200, shortcut, torch.float16, device, bias=False))
+def test_more_than_one_tile(M, shortcut, backend, device):
+    check(inputs(M, 264, 200, shortcut, torch.float16, device, bias=False), backend)
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("M", [3, 40])
-def test_views_and_poison(M, shortcut, device):
-    a, weight, bias, h, matrices = inputs(M, 48, 40, shortcut, torch.float16, device)
+def test_views_and_poison(M, shortcut, backend, dtype, device):
+    a, weight, bias, h, matrices = inputs(M, 48, 40, shortcut, dtype, device)
     if shortcut == "dense":
         matrices = poisoned(matrices)
     elif shortcut == "low rank":
         matrices = tuple(map(poisoned, matrices))
-    check((poisoned(a), poisoned(weight), bias, poisoned(h), matrices))
+    check((poisoned(a), poisoned(weight), bias, poisoned(h), matrices), backend)
 
 
-def test_transposed_shortcut(device):
-    """S may be the transposed view of a linear layer's weight."""
-    *rest, S = inputs(20, 40, 24, "dense", torch.float16, device)
-    check((*rest, S.T.contiguous().T))
+@pytest.mark.parametrize("M", [2, 20])
+def test_transposed_matrices(M, backend, dtype, device):
+    """S may be the transposed view of a linear layer's weight, and any matrix a transposed one."""
+    a, weight, bias, h, S = inputs(M, 40, 24, "dense", dtype, device)
+    check((a, weight, bias, h, S.T.contiguous().T), backend)
+    check((a.T.contiguous().T, weight.T.contiguous().T, bias, h.T.contiguous().T, S), backend)
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("shape", [(0, 8, 16), (4, 0, 16), (4, 8, 0)], ids=str)
-def test_empty(shape, shortcut, dtype, device):
-    y, sumsq = residual_linear(*inputs(*shape, shortcut, dtype, device), backend="triton")
+def test_empty(shape, shortcut, backend, dtype, device):
+    arguments = inputs(*shape, shortcut, dtype, device)
+    y, sumsq = residual_linear(*arguments, backend=backend)
     assert y.shape == shape[:2]
-    assert sumsq.shape == shape[:1]
+    torch.testing.assert_close(sumsq, y.float().square().sum(1))
 
 
 @settings(max_examples=15, deadline=None)
@@ -83,9 +86,9 @@ def test_empty(shape, shortcut, dtype, device):
     shortcut=st.sampled_from(SHORTCUTS),
     seed=st.integers(0, 99),
 )
-def test_any_shape(M, n, k, shortcut, seed):
+def test_any_shape(backend, M, n, k, shortcut, seed):
     torch.manual_seed(seed)
-    check(inputs(M, n, k, shortcut, torch.float16, "cuda" if torch.cuda.is_available() else "cpu"))
+    check(inputs(M, n, k, shortcut, torch.float16, device_of(backend)), backend)
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
@@ -94,22 +97,32 @@ def test_decode_split_k_is_exact_and_repeatable(shortcut, device, monkeypatch):
 
     monkeypatch.setattr(kernels, "choose_split", lambda gpu, tile, tiles, k: (3, -(-k // (3 * tile.k)) * tile.k))
     arguments = inputs(5, 136, 720, shortcut, torch.float16, device)
-    check(arguments)
+    check(arguments, "triton")
     first, second = (residual_linear(*arguments, backend="triton") for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
 
 @pytest.mark.parametrize("M", [3, 17])
-def test_offsets_are_64_bit(M, device):
+def test_offsets_are_64_bit(M, backend, device):
     """The last rows of a and h start past 2^31 elements."""
     a, weight, bias, h, _ = inputs(M, 24, 16, "absent", torch.float16, device)
     stride = 2**31 // (M - 1) // 8 * 8 + 8
     far_a, far_h = (torch.empty_strided(x.shape, (stride, 1), dtype=x.dtype, device=device).copy_(x) for x in (a, h))
-    far = residual_linear(far_a, weight, bias, far_h, backend="triton")
-    near = residual_linear(a, weight, bias, h, backend="triton")
+    far = residual_linear(far_a, weight, bias, far_h, backend=backend)
+    near = residual_linear(a, weight, bias, h, backend=backend)
     assert torch.equal(far[0], near[0])
     assert torch.equal(far[1], near[1])
+
+
+@pytest.mark.parametrize("M", [1, 7, 100])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_threads_change_no_bit(shortcut, M, dtype, threads):
+    arguments = inputs(M, 70, 136, shortcut, dtype, "cpu")
+    expected = residual_linear(*arguments, backend="cpu")
+    for count in (1, 3):
+        threads(count)
+        assert all(map(torch.equal, residual_linear(*arguments, backend="cpu"), expected))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,23 @@ def test_wave_model_counts_true_widths(cache):
     assert choose(16, 12288, 2872) == tiles.DECODE_TILES[1][0]
 
 
+def share_of_waves(tile, m, n):
+    """How much of its waves of tiles an [m, n] output fills."""
+    tiles_mn = -(-m // tile.m) * -(-n // tile.n)
+    return m * n / (-(-tiles_mn // H200.sms) * H200.sms * tile.m * tile.n)
+
+
+@pytest.mark.parametrize(("m", "shares"), [(2048, (0.68, 0.73, 0.79)), (4096, (0.91, 0.97, 0.79))])
+def test_predicted_shares_of_the_waves(m, shares, cache):
+    """The table in tiles.py."""
+    widths = (2872, 3072, 3328)
+    chosen = [choose(m, d, 4096 + d, "residual_linear") for d in widths]
+    assert {(tile.m, tile.n) for tile in chosen} == {(128, 256)}
+    assert tuple(round(share_of_waves(tile, m, d), 2) for tile, d in zip(chosen, widths, strict=True)) == shares
+    assert all(0.94 < share_of_waves(choose(m, n, d), m, n) < 1 for d in widths for n in (12288, 22016))
+    assert round(share_of_waves(Tile(128, 192, 64, 8, 3), 2048, 2872), 2) == 0.91
+
+
 @pytest.mark.parametrize("k", [1, 64, 2872, 13880])
 @pytest.mark.parametrize("count", [1, 45, 192, 1000])
 def test_splits_cover_k(count, k):

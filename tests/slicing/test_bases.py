@@ -59,14 +59,14 @@ def test_shared_basis_spans_the_summed_covariances(signal):
 @torch.no_grad()
 def test_per_norm_bases_are_fitted_to_the_sliced_stream():
     """The first site sees the dense stream; a later one sees what the slices before it left."""
-    model, ids = tiny_model(), tokens(4, 32)
+    model, ids = tiny_model().double(), tokens(4, 32)
     plan = make_plan(model, sparsity=0.5)
     bases = find_bases(model, [ids], plan, progress=False)
     dense = stream_at_norms(model, ids)
     _, first = principal_components(dense[0].T @ dense[0])
     assert same_span(bases.matrices[0], first[:, :24])
 
-    projected = copy.deepcopy(model).double()
+    projected = copy.deepcopy(model)
     layer, first = projected.model.layers[0], bases.matrices[0]
     seen = []
     layer.register_forward_pre_hook(lambda _, args: (args[0] @ first @ first.T, *args[1:]))
@@ -82,7 +82,7 @@ def test_per_norm_bases_are_fitted_to_the_sliced_stream():
 @pytest.mark.parametrize("basis", ["per-norm", "shared"])
 @torch.no_grad()
 def test_padding_counts_nowhere(basis, side):
-    model = tiny_model("qwen2")
+    model = tiny_model("qwen2").double()
     long, short = tokens(1, 40), tokens(1, 25, seed=1)
     plan = make_plan(model, sparsity=0.3, basis=basis, signal="normalized")
     expected = find_bases(model, [long, short], plan, progress=False)

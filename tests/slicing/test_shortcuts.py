@@ -1,5 +1,8 @@
 """Basis groups, aligned shortcuts, per-site sizes, re-fitted readers."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from models import FAMILIES, tiny_model, tokens
@@ -200,3 +203,24 @@ def test_bad_arguments_are_named(arguments, message):
 
 def test_round_to_auto_suits_the_device():
     assert make_plan(tiny_model(), sparsity=0.25, round_to="auto").widths[0] == 32
+
+
+def test_a_sliced_model_is_freed_with_its_last_reference():
+    sliced = sliced_by(tiny_model(), sparsity=0.25)
+    layer = weakref.ref(sliced.model.layers[0])
+    gc.disable()
+    try:
+        del sliced
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_layers_with_shortcuts_are_still_of_their_family():
+    model = tiny_model()
+    kind = type(model.model.layers[0])
+    for layer in sliced_by(model, sparsity=0.25).model.layers:
+        assert isinstance(layer, kind)
+        assert type(layer).__name__ == kind.__name__
+    assert {type(layer) for layer in sliced_by(model, sparsity=0.25, basis="shared").model.layers} == {kind}
+    assert {type(layer) for layer in model.model.layers} == {kind}

@@ -1,0 +1,98 @@
+"""Compiles kernels for GPUs that are not here, through the launch code that a user's call takes.
+
+A stand-in driver names the target, and `launch` compiles in place of launching, so every specialisation (alignment,
+descriptors, tile) is the one that a real call would compile.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from . import covariance, norm_linear, residual_linear
+from .launch import Gpu
+
+GPUS = {
+    "sm_80": Gpu("NVIDIA A100", (8, 0), 108, 163 * 1024),
+    "sm_90": Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024),
+    "sm_100": Gpu("NVIDIA B200", (10, 0), 148, 227 * 1024),
+}
+MODULES = (covariance, norm_linear, residual_linear)
+
+
+class _Driver:
+    """Answers what Triton's compiler asks a driver."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.target = GPUTarget("cuda", 10 * gpu.capability[0] + gpu.capability[1], 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> GPUTarget:
+        return self.target  # the key of Triton's kernel caches: one per target
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as compiled: registers and spilled bytes per thread, bytes of shared memory and warps per program."""
+
+    name: str
+    registers: int
+    spilled_bytes: int
+    shared_memory: int
+    warps: int
+    ptx: str
+    cubin: bytes
+
+
+def cuobjdump(file: Path | str, *options: str) -> str:
+    """What Triton's own copy of cuobjdump prints about a cubin or a library."""
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([program, *options, file], capture_output=True, text=True, check=True).stdout
+
+
+def resources(usage: str) -> dict[str, tuple[int, int, int]]:
+    """Registers per thread, bytes of stack (which is where spills go) and of shared memory, by function."""
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    return {name: (int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found}
+
+
+def compile_calls(gpu: Gpu, call: Callable[[], Any]) -> list[Compiled]:
+    """Every kernel that ``call`` would launch on ``gpu``, compiled."""
+    compiled = []
+
+    def compile_only(kernel: Any, grid: Any, device: Any, *args: Any, **meta: Any) -> None:
+        binary = kernel.warmup(*args, grid=grid, **meta)
+        cubin, facts = binary.asm["cubin"], binary.metadata
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            registers, spilled, _ = resources(cuobjdump(file.name, "-res-usage"))[facts.name]
+        ptx = binary.asm["ptx"]
+        compiled.append(Compiled(facts.name, registers, spilled, facts.shared, facts.num_warps, ptx, cubin))
+
+    names = {"launch": compile_only, "gpu_of": lambda device: gpu}
+    originals = [(module, name, getattr(module, name)) for module in MODULES for name in names]
+    driver.set_active(_Driver(gpu))
+    try:
+        for module, name, _ in originals:
+            setattr(module, name, names[name])
+        call()
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
+        driver._active = None
+    return compiled
