@@ -8,7 +8,6 @@ import os
 os.environ.setdefault("OMP_PROC_BIND", "true")  # each thread stays on its core; read when torch is first imported
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from itertools import chain
 from statistics import median
 from typing import Any
@@ -60,12 +59,6 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
     output_json["commit_info"] = {name: output_json["commit_info"][name] for name in ("id", "dirty")}
 
 
-@cache
-def rates(dtype: str) -> tuple[float, float]:
-    """Bytes per second read, FLOPs per second of a matmul."""
-    return machine_rates(DEVICE, getattr(torch, dtype))
-
-
 @pytest.fixture
 def record(benchmark, request):
     """record(times, ...): the times of each contender, by name, become a row; the baseline is called "reference"."""
@@ -95,8 +88,11 @@ def measure(record):
     torch._dynamo.reset()
 
     def run(contenders: Mapping[str, Any], *, dtype: str, bytes: int, flops: int, **extra: Any) -> None:
-        bandwidth, rate = rates(dtype)
+        before = machine_rates(DEVICE, getattr(torch, dtype))
+        times = seconds(contenders)
+        after = machine_rates(DEVICE, getattr(torch, dtype))
+        bandwidth, rate = map(max, before, after)
         floor = {"read_bandwidth": bandwidth, "matmul_rate": rate, "floor": max(bytes / bandwidth, flops / rate)}
-        record(seconds(contenders), bytes=bytes, flops=flops, **floor, **extra)
+        record(times, bytes=bytes, flops=flops, **floor, **extra)
 
     return run

@@ -14,7 +14,7 @@ import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CACHE_BYTES = {"cpu": 96 << 20, "cuda": 192 << 20}[DEVICE.type]  # more than the last caches of the measured machines
-ROUNDS = {"cpu": 9, "cuda": 31}[DEVICE.type]
+ROUNDS = {"cpu": 21, "cuda": 31}[DEVICE.type]
 SECONDS = 1.5  # for the rounds of one row, but three of them at least
 PREFILL_ROWS = {"cpu": 256, "cuda": 4096}[DEVICE.type]
 AWAKE = torch.ones(1 << 18)

@@ -23,7 +23,7 @@ HEADER = """# Benchmarks on {processor}, {threads} threads
 Random data. All contenders of a row took turns in one run; "x torch" is how many times as fast as torch ours was, the
 median over the rounds. "reference" is the op's formulation in plain torch, "torch" the best that torch's own functions
 offer, "torch.compile" the same compiled. The floor is what reading the bytes or multiplying the FLOPs takes at the
-bandwidth and the matmul rate measured in the same run ({rates}).
+bandwidth and the matmul rate measured right before and after the row (at best {rates}).
 """
 OPS = ("covariance", "norm_linear", "residual_linear", "block")
 
@@ -55,13 +55,17 @@ def cells(row: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(results: dict[str, Any]) -> str:
     """All tables of a run, with what they were measured on."""
-    rates = {
-        f"{row['params']['dtype']} {extra['read_bandwidth'] / 1e9:.0f} GB/s, {extra['matmul_rate'] / 1e9:.0f} GFLOP/s"
-        for row in results["benchmarks"]
-        if "matmul_rate" in (extra := row["extra_info"]) and row["group"] in OPS
-    }
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for row in results["benchmarks"]:
+        if row["group"] in OPS:
+            measured.setdefault(row["params"]["dtype"], []).append(row["extra_info"])
+    rates = [
+        f"{dtype} {max(e['read_bandwidth'] for e in rows) / 1e9:.0f} GB/s, "
+        f"{max(e['matmul_rate'] for e in rows) / 1e9:.0f} GFLOP/s"
+        for dtype, rows in sorted(measured.items())
+    ]
     commit = results["commit_info"]["id"][:12]
-    lines = [HEADER.format(**results["machine_info"], commit=commit, rates="; ".join(sorted(rates)))]
+    lines = [HEADER.format(**results["machine_info"], commit=commit, rates="; ".join(rates))]
     for group, rows in groups(results).items():
         lines += [f"## {group}", "", table([cells(row) for row in rows]), ""]
     return "\n".join(lines)
@@ -75,7 +79,7 @@ def plot_rooflines(results: dict[str, Any], path: Path) -> None:
         for colour, dtype in enumerate(sorted({row["params"]["dtype"] for row in rows})):
             mine = [row for row in rows if row["params"]["dtype"] == dtype]
             intensity = [row["extra_info"]["flops"] / row["extra_info"]["bytes"] for row in mine]
-            bandwidth, rate = (mine[0]["extra_info"][name] for name in ("read_bandwidth", "matmul_rate"))
+            bandwidth, rate = (max(r["extra_info"][name] for r in mine) for name in ("read_bandwidth", "matmul_rate"))
             roof = sorted({min(intensity) / 2, rate / bandwidth, 2 * max(intensity), 2 * rate / bandwidth})
             axes.loglog(roof, [min(rate, bandwidth * x) / 1e9 for x in roof], color=f"C{colour}", lw=1)
             for name, marker in (("auto", "o"), ("torch", "x")):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import flops_per_token, read_bytes, stored_parameters
 from slicegpt_fast.native import cpu_isa
 
-READ_BYTES = 512 << 20  # far more than any cache holds
+READ_BYTES = 256 << 20  # far more than any cache holds
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}  # of a square matmul that reaches the machine's rate
 COMPILED_VARIANTS = 256  # graphs of one forward that torch may hold: per model, harness and shape
 
@@ -207,10 +208,17 @@ def floor_seconds(model: PreTrainedModel, tokens: int, scored: int, bandwidth: f
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes per second of reading memory, and FLOPs per second of a large square matmul in ``dtype``; random data."""
-    data = torch.randn(READ_BYTES // 4, device=device)
+    data, a, b = _probes(device, dtype)
+    read, matmul = _best_seconds(data.sum, device), _best_seconds(lambda: F.linear(a, b), device)
+    return data.nbytes / read, 2 * len(a) ** 3 / matmul
+
+
+@cache
+def _probes(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What machine_rates reads, and what it multiplies."""
     size = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"])
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return READ_BYTES / _best_seconds(data.sum, device), 2 * size**3 / _best_seconds(lambda: F.linear(a, b), device)
+    return torch.randn(READ_BYTES // 4, device=device), a, b
 
 
 def machine(device: torch.device) -> dict[str, str]:
