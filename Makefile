@@ -9,7 +9,7 @@ NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -na
 FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp)
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(NATIVE)
 
-.PHONY: help quickstart test test-slow sanitize gpu-check wheel format clean
+.PHONY: help quickstart test test-slow sanitize bench gpu-check wheel format clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -31,6 +31,11 @@ sanitize: $(VENV)/.installed-test  ## run the tests of the CPU kernels under Add
 	SLICEGPT_FAST_SANITIZE=1 SLICEGPT_FAST_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize $(BIN)/pytest tests/ops -k cpu
+
+bench: $(VENV)/.installed-test  ## measure the ops and whole models on this machine; BENCH=--quick for the short part
+	@mkdir -p build/bench
+	$(BIN)/pytest bench $(BENCH) --benchmark-quiet --benchmark-json build/bench/run.json
+	$(BIN)/python bench/report.py build/bench/run.json --out build/bench
 
 gpu-check:  ## on a machine with a GPU, its packages and no network: test, tune and time the kernels with $(PYTHON)
 	bench/gpu_check.sh $(PYTHON) build/gpu-check

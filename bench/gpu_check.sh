@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the package without network, runs the op tests on the GPU, under compute-sanitizer too where it is on the path,
 # tunes, and runs the kernel benchmarks.
-#   bench/gpu_check.sh [PYTHON] [FOLDER]     results: FOLDER/*.json, and the tables in FOLDER/report.md
+#   bench/gpu_check.sh [PYTHON] [FOLDER]     results: FOLDER/*.json and *.png, and the tables in FOLDER/report.md
 set -eu
 python=${1:-python3}
 out=${2:-build/gpu-check}
@@ -25,10 +25,6 @@ for width in (2872, 3072, 3328):
     for measured in tune(block_shapes(width, 4096, 4096, 11008, (1, 4096)), torch.bfloat16):
         print(measured)
 PY
-{
-    for op in covariance norm_linear residual_linear; do
-        "$python" "bench/bench_$op.py" --out "$out"
-    done
-    "$python" bench/bench_block.py --out "$out"
-} > "$out/report.md"
+"$python" -m pytest bench --quiet --benchmark-quiet --benchmark-json "$out/run.json"
+"$python" bench/report.py "$out/run.json" --out "$out" > "$out/report.md"
 cat "$out/report.md"

@@ -1,4 +1,4 @@
-"""The command line: quickstart, slice, eval, generate, export, info, tune.
+"""The command line: quickstart, slice, eval, generate, bench, export, info, tune.
 
 Whatever takes long to import is imported inside the commands.
 """
@@ -351,6 +351,75 @@ def generate(
         do_sample=False,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
+
+
+@app.command(
+    epilog=examples(
+        "slicegpt-fast bench llama-sliced --dense meta-llama/Llama-2-7b-hf --dtype bfloat16",
+        "slicegpt-fast bench ./model --harness eager --prompt 2048 --out speed",
+    )
+)
+def bench(
+    model: Model,
+    dense: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model that MODEL was sliced from, to compare with.")
+    ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="eager; compile: torch.compile; static: static cache, compiled decode steps, as generate runs them. "
+            "May be repeated. Default: all.",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences at a time.")] = 1,
+    prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each prompt, random.")] = 512,
+    new: Annotated[int, typer.Option(metavar="N", min=1, help="Decode steps after it.")] = 32,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New folder for bench.json and bench.png.", show_default=False)
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Measure prefill and decode speed of a model, as it is and patched with fused kernels, against the hardware."""
+    import copy
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from slicegpt_fast.benchmark import HARNESSES, benchmark
+    from slicegpt_fast.checkpoint import check_writable, load_model, write_folder
+    from slicegpt_fast.patching import patch_model
+    from slicegpt_fast.report import plot_speeds, speed_notes, speed_table
+    from slicegpt_fast.slicing import slice_config_of
+
+    if out is not None:
+        check_writable(out)
+    place, kind = _device(device), getattr(torch, dtype) if dtype else None
+    models: dict[str, Any] = {}
+    if dense is not None:
+        models["dense"] = load_model(dense, dtype=kind)
+        kind = models["dense"].dtype
+    loaded: Any = load_model(model, dtype=kind)
+    name = "sliced" if dense is not None or slice_config_of(loaded.config) else "dense"
+    models |= {name: loaded, "patched": copy.deepcopy(loaded)}
+    for each in models.values():
+        each.to(place)
+    patch_model(models["patched"], strict=True)
+
+    vocabulary = min(each.config.vocab_size for each in models.values())
+    ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    speeds = benchmark(models, ids, new_tokens=new, harnesses=harness or list(HARNESSES), progress=errors.is_terminal)
+    console.print(speed_table(model, speeds, speed_notes(speeds)))
+    if out is not None:
+
+        def write(folder: Path) -> None:
+            (folder / "bench.json").write_text(json.dumps({"model": model, "dense": dense} | asdict(speeds), indent=1))
+            plot_speeds(model, speeds, folder / "bench.png")
+
+        write_folder(out, write)
+        console.print(f"Saved to {out}.")
 
 
 @app.command(epilog=examples("slicegpt-fast export llama-sliced --out llama-plain"))

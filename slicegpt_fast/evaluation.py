@@ -1,9 +1,6 @@
-"""What a model is worth and what it costs: perplexity, stored parameters, bytes, FLOPs per token, tokens per second."""
+"""What a model is worth and what it costs: perplexity, stored parameters, bytes, FLOPs per token."""
 
-import statistics
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -77,71 +74,19 @@ def flops_per_token(model: PreTrainedModel) -> int:
     stacked experts [E, out, in] only those a token is routed to. Left out are norms, activations, and the attention
     scores, whose cost grows with the context.
     """
-    flops = 0
+    return sum(2 * used for used, _ in _matrices(model))
+
+
+def read_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that a token's forward pass reads: of the matrices that :func:`flops_per_token` counts."""
+    return sum(used * matrix.element_size() for used, matrix in _matrices(model))
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[tuple[int, Tensor]]:
+    """Every matrix, or stack of experts, that a token is multiplied with, after how many of its weights that takes."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.ndim == 3:
-                flops += 2 * parameter.numel() // parameter.shape[0] * model.config.num_experts_per_tok
+                yield parameter.numel() // parameter.shape[0] * model.config.num_experts_per_tok, parameter
             elif parameter.ndim == 2 and not isinstance(module, nn.Embedding):
-                flops += 2 * parameter.numel()
-    return flops
-
-
-class Speed(NamedTuple):
-    """Tokens per second, measured."""
-
-    prefill: float
-    decode: float
-
-
-@torch.inference_mode()
-def tokens_per_second(
-    models: Sequence[PreTrainedModel],
-    prompt: Tensor,
-    *,
-    new_tokens: int = 32,
-    rounds: int = 5,
-    progress: bool = False,
-) -> list[Speed]:
-    """Prefill and decode speed of each model, side by side.
-
-    The models take turns, so that whatever slows the machine down slows all of them. Each figure is the median of
-    ``rounds`` turns, after one to warm up.
-
-    Args:
-        models: the models to compare.
-        prompt: token ids [B, T]; prefill is one forward pass over all of them.
-        new_tokens: decode is that many forward passes over [B, 1] after the prompt, greedy, with the model's cache.
-        rounds: timed turns of each model.
-        progress: show a progress bar.
-    """
-    seconds: list[list[tuple[float, float]]] = [[] for _ in models]
-    for turn in tqdm(range(rounds + 1), desc="speed", unit="round", disable=not progress):
-        for model, times in zip(models, seconds, strict=True):
-            measured = _time_once(model, prompt.to(model.device), new_tokens)
-            if turn:
-                times.append(measured)
-    return [
-        Speed(
-            prefill=prompt.numel() / statistics.median(prefill for prefill, _ in times),
-            decode=prompt.shape[0] * new_tokens / statistics.median(decode for _, decode in times),
-        )
-        for times in seconds
-    ]
-
-
-def _time_once(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill and of the decode steps after it."""
-    begin = _now(model)
-    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    prefilled = _now(model)
-    for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    return prefilled - begin, _now(model) - prefilled
-
-
-def _now(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
+                yield parameter.numel(), parameter

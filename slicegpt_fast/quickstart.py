@@ -21,10 +21,11 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from slicegpt_fast.benchmark import benchmark
 from slicegpt_fast.calibration import batched, join_documents, text_documents, token_windows
 from slicegpt_fast.checkpoint import check_writable, load_model, load_tokenizer, save_model
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.evaluation import perplexity, tokens_per_second
+from slicegpt_fast.evaluation import perplexity
 from slicegpt_fast.report import Row, comparison, plan_title, plot_spectra, size_notes, size_rows
 from slicegpt_fast.slicing import apply_bases, find_bases, fit_bases, make_plan
 
@@ -162,7 +163,7 @@ def run(
     dense_perplexity, sliced_perplexity = (
         perplexity(each, batched(held_out), progress=progress) for each in (dense, sliced)
     )
-    dense_speed, sliced_speed = tokens_per_second([dense, sliced], held_out[:1], progress=progress)
+    dense_speed, sliced_speed = benchmark({"dense": dense, "sliced": sliced}, held_out[:1], progress=progress).rows
     rows = [
         *size_rows(dense, sliced),
         Row("perplexity", dense_perplexity, sliced_perplexity, "{:.2f}".format),

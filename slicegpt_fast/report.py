@@ -12,6 +12,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from slicegpt_fast.benchmark import Speeds
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
 from slicegpt_fast.search import Trial
@@ -127,6 +128,77 @@ def trial_table(trials: Iterable[Trial], caption: str) -> Table:
     for trial in trials:
         table.add_row(trial.name, str(trial.width), f"{trial.stored:.3f}", f"{trial.perplexity:.2f}")
     return table
+
+
+def speed_table(title: str, speeds: Speeds, notes: Iterable[str]) -> Group:
+    """Prefill and decode speed of each model under each harness, with notes below."""
+    table = Table("harness", "model", title=title, title_justify="left", title_style="bold")
+    first = speeds.rows[0].model
+    for phase in ("prefill", "decode"):
+        for name in (f"{phase}\ntok/s", f"\nx {first}", "of\nfloor"):
+            table.add_column(name, justify="right")
+    base = {row.harness: row for row in speeds.rows if row.model == first}
+    for row in speeds.rows:
+        against = base[row.harness]
+        if row is against and row is not speeds.rows[0]:
+            table.add_section()
+        table.add_row(
+            row.harness,
+            row.model,
+            f"{row.prefill:.1f}",
+            f"{row.prefill / against.prefill:.2f}",
+            f"{row.prefill_share:.0%}",
+            f"{row.decode:.1f}",
+            f"{row.decode / against.decode:.2f}",
+            f"{row.decode_share:.0%}",
+        )
+    return Group(table, *(Text(note, style="dim") for note in notes))
+
+
+def speed_notes(speeds: Speeds) -> list[str]:
+    """What has to be said beside :func:`speed_table`."""
+    machine, settings = speeds.machine, speeds.settings
+    return [
+        f"{settings['dtype']} on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, {machine['date']}.",
+        f"{settings['batch']} sequences of {settings['prompt']} random tokens, then {settings['new_tokens']} decode "
+        f"steps; all in turn, medians of {settings['rounds']}.",
+        f"Floor: weights read at {decimal(speeds.read_bandwidth)}B/s or multiplied at {decimal(speeds.matmul_rate)}"
+        "FLOP/s, whichever takes longer; both measured in this run.",
+        *(
+            f"{name}: {decimal(stored)} stored parameters; a pass reads {decimal(speeds.read_bytes[name])}B of them, "
+            f"{decimal(speeds.flops_per_token[name])}FLOPs per token."
+            for name, stored in speeds.stored_parameters.items()
+        ),
+    ]
+
+
+def plot_speeds(title: str, speeds: Speeds, path: Path) -> None:
+    """Draw prefill and decode speed as a PNG: a bar per model under each harness, its floor as a line above it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
+    models = list(speeds.stored_parameters)
+    harnesses = list(dict.fromkeys(row.harness for row in speeds.rows))
+    width = 0.8 / len(models)
+    for axes, phase in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+        for number, name in enumerate(models):
+            rows = [row for row in speeds.rows if row.model == name]
+            places = np.arange(len(harnesses)) + width * (number - (len(models) - 1) / 2)
+            values = np.array([getattr(row, phase) for row in rows])
+            limits = values / np.array([getattr(row, f"{phase}_share") for row in rows])
+            bars = axes.bar(places, values, 0.9 * width, label=name)
+            axes.bar_label(bars, fmt="{:.0f}", fontsize=8)
+            label = "floor of the hardware" if number == len(models) - 1 else None
+            axes.hlines(limits, places - 0.45 * width, places + 0.45 * width, color="black", lw=1.5, label=label)
+        axes.set_xticks(range(len(harnesses)), harnesses)
+        axes.set_title(phase)
+        axes.set_ylabel("tokens per second")
+        axes.grid(alpha=0.3, lw=0.5, axis="y")
+        axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(models) + 1)
+    figure.suptitle(title)
+    figure.savefig(path)
 
 
 def plot_spectra(bases: Bases, path: Path, *, sites: Tensor | None = None) -> None:

@@ -73,7 +73,7 @@ def windows_of(model, texts, seed=None):
     return token_windows(load_tokenizer(model), join_documents(documents, seed), LENGTH)
 
 
-@pytest.mark.parametrize("command", ["quickstart", "slice", "eval", "generate", "export", "info"])
+@pytest.mark.parametrize("command", ["quickstart", "slice", "eval", "generate", "bench", "export", "info"])
 def test_help_comes_with_examples(command):
     assert command in ran("--help")
     for flag in ("--help", "-h"):
@@ -271,6 +271,52 @@ class TestGenerate:
         assert (
             error_of("generate", tmp_path / "model", "--prompt", "") == "--prompt is empty: give some text to continue."
         )
+
+
+class TestBench:
+    @pytest.fixture(scope="class")
+    def sliced(self, model, texts, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("models") / "sliced"
+        windows = batched(windows_of(model, texts))
+        save_model(slice_model(load_model(model), windows, sparsity=0.25, progress=False), folder)
+        return folder
+
+    @pytest.fixture
+    def quick(self, monkeypatch):
+        monkeypatch.setattr("slicegpt_fast.benchmark.READ_BYTES", 1 << 16)
+        monkeypatch.setattr("slicegpt_fast.benchmark.MATMUL_SIZE", {"cpu": 64})
+        return ["--harness", "eager", "--prompt", 8, "--new", 2]
+
+    def test_dense_sliced_and_patched(self, model, sliced, quick, tmp_path):
+        out = tmp_path / "speed"
+        output = ran("bench", sliced, "--dense", model, "--batch", 2, "--dtype", "bfloat16", "--out", out, *quick)
+        result = json.loads((out / "bench.json").read_text())
+        assert [row["model"] for row in result["rows"]] == ["dense", "sliced", "patched"]
+        assert result["model"] == str(sliced)
+        assert result["settings"] == dict(batch=2, prompt=8, new_tokens=2, rounds=5, dtype="bfloat16")
+        for row in result["rows"]:
+            assert f"{row['prefill']:.1f}" in output
+            assert f"{row['decode']:.1f}" in output
+        assert {file.name for file in out.iterdir()} == {"bench.json", "bench.png"}
+
+    def test_a_dense_model_alone(self, model, quick):
+        output = ran("bench", model, *quick)
+        assert [word in output for word in ("dense", "sliced", "patched")] == [True, False, True]
+
+    def test_bad_input(self, model, tmp_path, quick):
+        (tmp_path / "taken").touch()
+        assert error_of("bench", model, "--out", tmp_path).endswith("choose another place or remove it.")
+        assert error_of("bench", model, "--harness", "fast").startswith("harness is 'fast'; it must be one of eager,")
+        assert "are more than the model's 128 positions" in error_of("bench", model, "--prompt", 200)
+        assert error_of("bench", tmp_path / "gone").startswith(f"{tmp_path / 'gone'} does not exist")
+
+    def test_ctrl_c(self, model, quick, tmp_path, monkeypatch):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("slicegpt_fast.report.plot_speeds", interrupt)
+        assert run("bench", model, "--out", tmp_path / "speed", *quick).exit_code == 130
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestInfo:

@@ -1,4 +1,4 @@
-"""Perplexity against its definition in fp64, sizes against formulas, speed only for what it reports."""
+"""Perplexity against its definition in fp64, sizes against formulas."""
 
 import math
 
@@ -8,7 +8,7 @@ from models import FAMILIES, VOCABULARY, tiny_model, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from slicegpt_fast import InputError, perplexity, slice_model
-from slicegpt_fast.evaluation import ROWS_PER_STEP, flops_per_token, stored_bytes, stored_parameters, tokens_per_second
+from slicegpt_fast.evaluation import ROWS_PER_STEP, flops_per_token, stored_bytes, stored_parameters
 
 
 @torch.no_grad()
@@ -165,18 +165,3 @@ def test_flops_of_every_plan_are_those_that_torch_counts(plan):
     dense = tiny_model()
     sliced = slice_model(dense, [tokens(4, 32)], sparsity=0.25, round_to=1, progress=False, **plan)
     assert flops_per_token(sliced) == counted_by_torch(sliced) != flops_per_token(dense)
-
-
-def test_tokens_per_second_in_turn():
-    """Two models of very different depth: the figures belong to the right one, and every pass is made."""
-    shallow, deep = tiny_model(num_hidden_layers=1), tiny_model(num_hidden_layers=24)
-    passes: list[tuple[int, int]] = []
-    for number, model in enumerate((shallow, deep)):
-        model.register_forward_hook(
-            lambda _, __, kwargs, ___, number=number: passes.append((number, kwargs["input_ids"].shape[1])),
-            with_kwargs=True,
-        )
-    speeds = tokens_per_second([shallow, deep], tokens(2, 40), new_tokens=3, rounds=2)
-    assert passes == [(0, 40), (0, 1), (0, 1), (0, 1), (1, 40), (1, 1), (1, 1), (1, 1)] * 3
-    assert all(speed > 0 for pair in speeds for speed in pair)
-    assert len(speeds) == 2

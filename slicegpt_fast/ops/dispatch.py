@@ -78,9 +78,9 @@ AUTO = (
     Rule("residual_linear", "cuda", (8, 0), HALF, "prefill", "triton", "no add kernel; where tuned"),
     Rule("covariance_", "cpu", (0, 0), (), "tall", "cpu", "half the FLOPs of a full matmul"),
     Rule("norm_linear", "cpu", (0, 0), (), "decode", "cpu", "one pass over the weight"),
-    Rule("norm_linear", "cpu", (0, 0), (), "prefill", "cpu", "no norm pass"),
+    Rule("norm_linear", "cpu", (0, 0), HALF[:1], "prefill", "cpu", "torch's fp16 matmul is slow"),
     Rule("residual_linear", "cpu", (0, 0), (), "decode", "cpu", "one pass over the weights"),
-    Rule("residual_linear", "cpu", (0, 0), (), "prefill", "cpu", "no add pass"),
+    Rule("residual_linear", "cpu", (0, 0), HALF[:1], "prefill", "cpu", "torch's fp16 matmul is slow"),
 )  # what no row takes goes to "reference"
 
 

@@ -1,0 +1,192 @@
+"""Whole models with random weights: prefill and decode; slicing, its stages, and how its cost grows with the work."""
+
+import copy
+import ctypes
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from kernels import DEVICE, random
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig, PreTrainedConfig, PreTrainedModel
+
+from slicegpt_fast import load_model, patch_model, save_model
+from slicegpt_fast.benchmark import Speeds, benchmark
+from slicegpt_fast.ops.dispatch import use_backend
+from slicegpt_fast.slicing import apply_bases, bases, make_plan
+from slicegpt_fast.slicing.layers import narrow_
+
+
+def llama(width: int, mlp: int, layers: int, heads: int, keys: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+    )
+
+
+GEOMETRIES: dict[str, PreTrainedConfig] = {
+    "SmolLM2-135M": llama(576, 1536, 30, 9, 3, 49152),
+    "Llama-2-7B": llama(4096, 11008, 32, 32, 32, 32000),
+    "Llama-3-8B": llama(4096, 14336, 32, 32, 8, 128256),
+    "OPT-6.7B": OPTConfig(
+        hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32
+    ),
+    "Phi-2": PhiConfig(
+        hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32, vocab_size=51200
+    ),
+}
+KEPT = 0.75  # of the decoder blocks' stored parameters
+MODELS = {"cuda": list(GEOMETRIES)[1:], "cpu": list(GEOMETRIES)[:1]}[DEVICE.type]
+HARNESSES = {"cuda": ("eager", "static"), "cpu": ("eager",)}[DEVICE.type]
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"]}[DEVICE.type]
+PROMPT, NEW_TOKENS = {"cuda": (2000, 64), "cpu": (512, 16)}[DEVICE.type]
+
+# Hidden size, layers, tokens of what is sliced.
+BASE = {"cuda": (2048, 8, 16384), "cpu": (384, 4, 2048)}[DEVICE.type]
+GROWTH = {"base": (1, 1, 1), "2 x width": (2, 1, 1), "2 x layers": (1, 2, 1), "2 x tokens": (1, 1, 2)}
+SLICES = 2  # rounds
+STAGES = ("forward", "covariance", "eigendecomposition", "rotation", "I/O")
+
+
+def random_model(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
+    with torch.device(DEVICE):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+class Stopwatch:
+    """Seconds spent in each stage of slicing."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str, within: str | None = None) -> Iterator[None]:
+        """Adds what passes inside to ``stage`` and takes it from the stage around it."""
+        begin = now()
+        yield
+        passed = now() - begin
+        self.seconds[stage] += passed
+        if within:
+            self.seconds[within] -= passed
+
+    def timed(self, function: Callable[..., Any], stage: str, within: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            with self(stage, within):
+                return function(*arguments)
+
+        return run
+
+
+def now() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def slice_once(model: PreTrainedModel, calibration: list[torch.Tensor], folder: Path) -> dict[str, float]:
+    """Slices a model to three quarters, saves and loads the result; seconds of each stage."""
+    watch = Stopwatch()
+    with ExitStack() as stack:
+        for name, stage in (("covariance_", "covariance"), ("principal_components", "eigendecomposition")):
+            timed = watch.timed(getattr(bases, name), stage, "forward")
+            stack.enter_context(patch.object(bases, name, timed))
+        with watch("forward"):
+            found = bases.find_bases(model, calibration, make_plan(model, sparsity=0.25), progress=False)
+    with watch("rotation"):
+        sliced = apply_bases(model, found, progress=False)
+    with watch("I/O"):
+        save_model(sliced, folder)
+        load_model(folder)
+    shutil.rmtree(folder)
+    return watch.seconds
+
+
+def memory(most: bool) -> int:
+    """Bytes held on the GPU, or resident in this process: now, or at most since forget_peak."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
+    field = "VmHWM" if most else "VmRSS"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def forget_peak() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is not held
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def bench_slicing(record, growth, tmp_path):
+    """Llama in fp32, a basis per norm; the baseline takes the reference's covariances. Peak: bytes beyond the model."""
+    width, layers, tokens = (size * times for size, times in zip(BASE, GROWTH[growth], strict=True))
+    torch.manual_seed(0)
+    model = random_model(llama(width, 3 * width, layers, width // 64, width // 64, 8192), "float32")
+    calibration = list(torch.randint(8192, (tokens // 512, 1, 512)))
+    times: dict[str, list[float]] = {"auto": [], "reference": []}
+    stages, peak = dict.fromkeys(STAGES, 0.0), 0
+    for _ in range(SLICES):
+        for backend in times:
+            forget_peak()
+            before = memory(most=False)
+            with use_backend(backend):
+                seconds = slice_once(model, calibration, tmp_path / "sliced")
+            times[backend].append(sum(seconds.values()))
+            if backend == "auto":
+                stages, peak = seconds, max(peak, memory(most=True) - before)
+    record(
+        times,
+        peak_bytes=peak,
+        stages=stages,
+        shown={"width": width, "layers": layers, "tokens": tokens}
+        | {stage: f"{stages[stage] / sum(stages.values()):.0%}" for stage in STAGES}
+        | {"peak MB": round(peak / 1e6)},
+    )
+
+
+@cache
+def speeds(geometry: str, dtype: str) -> Speeds:
+    """Dense, sliced (shared basis) and patched side by side."""
+    torch.manual_seed(0)
+    dense = random_model(GEOMETRIES[geometry], dtype)
+    sliced = copy.deepcopy(dense)
+    narrow_(sliced, make_plan(dense, target_params=KEPT, basis="shared"))
+    for module in sliced.modules():
+        for name, narrow in list(module.named_parameters(recurse=False)):
+            if narrow.is_meta:
+                setattr(module, name, nn.Parameter(random(*narrow.shape, dtype=dtype)))
+    models = {"dense": dense, "sliced": sliced, "patched": patch_model(copy.deepcopy(sliced), strict=True)}
+    prompt = torch.randint(dense.config.vocab_size, (1, PROMPT))
+    return benchmark(models, prompt, new_tokens=NEW_TOKENS, harnesses=HARNESSES)
+
+
+@pytest.mark.parametrize("harness", HARNESSES)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("geometry", MODELS)
+def bench_end_to_end(record, geometry, dtype, phase, harness):
+    measured = speeds(geometry, dtype)
+    rows = {row.model: row for row in measured.rows if row.harness == harness}
+    tokens = PROMPT if phase == "prefill" else NEW_TOKENS
+    record(
+        {name: getattr(rows[name], f"{phase}_seconds") for name in ("patched", "sliced", "dense")},
+        tokens=tokens,
+        floor=tokens / getattr(rows["patched"], phase) * getattr(rows["patched"], f"{phase}_share"),
+        read_bandwidth=measured.read_bandwidth,
+        matmul_rate=measured.matmul_rate,
+        shown={f"{name}, tok/s": round(getattr(row, phase), 1) for name, row in rows.items()},
+    )
