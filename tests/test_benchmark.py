@@ -11,7 +11,7 @@ from models import tiny_model, tokens
 from rich.console import Console
 
 from slicegpt_fast import InputError
-from slicegpt_fast.benchmark import HARNESSES, benchmark, floor_seconds, machine_rates
+from slicegpt_fast.benchmark import HARNESSES, _probes, benchmark, floor_seconds, machine_rates
 from slicegpt_fast.evaluation import flops_per_token, read_bytes, stored_parameters
 from slicegpt_fast.report import plot_speeds, speed_notes, speed_table
 
@@ -21,6 +21,7 @@ def small_rates(monkeypatch):
     """The rates of the machine are no matter here: measure them on little data."""
     monkeypatch.setattr("slicegpt_fast.benchmark.READ_BYTES", 1 << 16)
     monkeypatch.setattr("slicegpt_fast.benchmark.MATMUL_SIZE", {"cpu": 64})
+    _probes.cache_clear()
 
 
 @pytest.fixture(autouse=True)
