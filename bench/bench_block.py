@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import DEVICE, PREFILL_ROWS, compiled, copies, random
+from timing import DEVICE, PREFILL_ROWS, compiled, copies, random
 
 from slicegpt_fast.ops import norm_linear, residual_linear
 

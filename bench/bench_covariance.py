@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernels import DEVICE, by_kernel, random
+from timing import DEVICE, by_kernel, random
 
 from slicegpt_fast.ops import covariance_
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from kernels import DEVICE, random
+from timing import DEVICE, random
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig, PreTrainedConfig, PreTrainedModel
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch.nn.functional as F
-from kernels import DEVICE, PREFILL_ROWS, by_kernel, compiled, copies, random
+from timing import DEVICE, PREFILL_ROWS, by_kernel, compiled, copies, random
 
 from slicegpt_fast.ops import norm_linear
 

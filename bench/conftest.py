@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import DEVICE, seconds
+from timing import DEVICE, seconds
 
 from slicegpt_fast.benchmark import machine, machine_rates
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kernels import table
 from matplotlib.figure import Figure
+from timing import table
 
 HEADER = """# Benchmarks on {processor}, {threads} threads
 

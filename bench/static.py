@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import triton
-from kernels import table
+from timing import table
 
 from slicegpt_fast import _C
 from slicegpt_fast.native import build_info

@@ -338,13 +338,18 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Continue a text with a dense or sliced model, always taking the likeliest token."""
+    """Continue a text with a dense or sliced model, always taking the likeliest token; sliced ones run patched."""
     from transformers import TextStreamer
+
+    from slicegpt_fast.patching import patch_model
+    from slicegpt_fast.slicing import slice_config_of
 
     loaded, tokenizer = _load(model, dtype, device)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     if not inputs["input_ids"].numel():
         raise InputError("--prompt is empty: give some text to continue.")
+    if slice_config_of(loaded) is not None:
+        patch_model(loaded)
     loaded.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
