@@ -1,18 +1,14 @@
 """The tests of an op run on each backend that this machine has.
 
 ``backend`` and ``dtype`` are parameters of every test that names them. Triton kernels run on the GPU where there is
-one, else in the interpreter, which is asked for before they are imported.
+one, else in the interpreter (tests/conftest.py).
 """
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from ops.accuracy import device_of
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 HALF = [torch.float16, torch.bfloat16]
 KERNELS = {
