@@ -18,7 +18,7 @@
 //     FLOPs  2 M n K
 //     Bytes  n K times 2 or 4
 //     Floor  K = 3072, n = 4096, two cores of an AMD EPYC with AVX-512-BF16, where torch's best reader reached 32 GB/s
-//            (bench/timing.py): 0.78 ms in 16 bits, 1.56 ms in fp32
+//            (machine_rates of slicegpt_fast/benchmark.py): 0.78 ms in 16 bits, 1.56 ms in fp32
 //     Share  of that bandwidth, at M = 1 / 4 / 8: bf16 1.01 / 0.93 / 0.76, fp16 1.05 / 0.92 / 0.62,
 //            fp32 1.04 / 0.93 / 0.86; K = 456, n = 960 in bf16, 0.9 MB: 0.58 at M = 1
 #pragma once
