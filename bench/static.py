@@ -49,6 +49,14 @@ INSTRUCTIONS = {
     "st.global": "STG",
 }
 
+HEADER = """# The kernels as compiled
+
+Spilled: bytes per thread. Shared: bytes per program. Blocks and warps per SM: what registers, shared memory and warps
+let one SM hold. The columns after them count instructions in the machine code, not how often they run.
+
+`python bench/static.py` writes this table, `python bench/static.py --check` says whether it still holds.
+"""
+
 
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and call of each Triton kernel in the table."""
@@ -147,7 +155,7 @@ def main() -> int:
         return int(bool(changes))
     tables = [f"## {part['compiler']}\n\n{table(part['kernels'])}\n" for part in parts.values()]
     path.write_text(json.dumps(parts, indent=1) + "\n")
-    path.with_suffix(".md").write_text("# The kernels as compiled\n\n" + "\n".join(tables))
+    path.with_suffix(".md").write_text("\n".join((HEADER, *tables)))
     return 0
 
 
