@@ -3,7 +3,6 @@
 import copy
 import ctypes
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -18,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig, PreTrainedConfig, PreTrainedModel
 
 from slicegpt_fast import load_model, patch_model, save_model
-from slicegpt_fast.benchmark import Speeds, benchmark
+from slicegpt_fast.benchmark import Speeds, benchmark, now
 from slicegpt_fast.ops.dispatch import use_backend
 from slicegpt_fast.slicing import apply_bases, bases, make_plan
 from slicegpt_fast.slicing.layers import narrow_
@@ -74,9 +73,9 @@ class Stopwatch:
     @contextmanager
     def __call__(self, stage: str, within: str | None = None) -> Iterator[None]:
         """Adds what passes inside to ``stage`` and takes it from the stage around it."""
-        begin = now()
+        begin = now(DEVICE)
         yield
-        passed = now() - begin
+        passed = now(DEVICE) - begin
         self.seconds[stage] += passed
         if within:
             self.seconds[within] -= passed
@@ -87,12 +86,6 @@ class Stopwatch:
                 return function(*arguments)
 
         return run
-
-
-def now() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def slice_once(model: PreTrainedModel, calibration: list[torch.Tensor], folder: Path) -> dict[str, float]:

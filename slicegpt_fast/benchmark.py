@@ -246,25 +246,26 @@ def _best_seconds(call: Callable[[], Any], device: torch.device) -> float:
     """The shortest of three calls, after one to warm up."""
     times = []
     for _ in range(4):
-        begin = _now(device)
+        begin = now(device)
         call()
-        times.append(_now(device) - begin)
+        times.append(now(device) - begin)
     return min(times[1:])
 
 
 def _time_once(contender: Harness, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds of one prefill and of the decode steps after it."""
     cache = contender.cache()
-    begin = _now(prompt.device)
+    begin = now(prompt.device)
     output = contender.prefill(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    prefilled = _now(prompt.device)
+    prefilled = now(prompt.device)
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)
         output = contender.decode(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    return prefilled - begin, _now(prompt.device) - prefilled
+    return prefilled - begin, now(prompt.device) - prefilled
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock that waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

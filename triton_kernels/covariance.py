@@ -35,7 +35,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Gpu, fits_tma, gpu_of, launch, matrix, vector_width
+from slicegpt_fast.memory import rows
+
+from .launch import Gpu, fits_tma, gpu_of, launch, vector_width
 from .matmul import load_tile
 from .tiles import RATES, Tile, generation
 
@@ -175,7 +177,7 @@ def covariance_(
     acc: torch.Tensor, x: torch.Tensor, row_scale: torch.Tensor | None = None, mask: torch.Tensor | None = None
 ) -> None:
     """Adds (diag(row_scale * mask) x)^T (...) to ``acc`` [D, D], which must be symmetric; arguments as in the op."""
-    x = matrix(x)
+    x = rows(x)
     N, D = x.shape
     gpu = gpu_of(x.device)
     vec = vector_width(x)

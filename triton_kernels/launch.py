@@ -70,11 +70,6 @@ def arrives_last(counter, programs):
     return last
 
 
-def matrix(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself where its rows are contiguous, else a copy whose rows are."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def vector_width(*matrices: torch.Tensor | None) -> int:
     """Elements that one load may take from any row of these matrices: 16 bytes of them, or 1 if not all align."""
     present = [x for x in matrices if x is not None]

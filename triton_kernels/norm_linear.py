@@ -33,8 +33,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slicegpt_fast.counters import counters
+from slicegpt_fast.memory import rows, vector
 
-from .launch import arrives_last, fits_tma, gpu_of, launch, matrix, vector_width
+from .launch import arrives_last, fits_tma, gpu_of, launch, vector_width
 from .matmul import activate, add_in_order, load_tile, store_tile, tile_position
 from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
 
@@ -250,7 +251,7 @@ def norm_linear(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """``act(rsqrt(sumsq / full_width + eps) * (h W^T) + b)``; arguments as in the op. ``tile`` overrules the choice."""
-    h, weight = matrix(h), matrix(weight)
+    h, weight = rows(h), rows(weight)
     (M, K), N = h.shape, weight.shape[0]
     blocks = 2 if activation == "silu_gate" else 1  # of W in a tile
     out = (N - unscaled) // blocks
@@ -263,8 +264,7 @@ def norm_linear(
     vec_y = 16 // y.element_size()
     if out % vec_y or unscaled % vec_y:
         vec_y = 1
-    bias = None if bias is None else bias.contiguous()
-    sumsq = None if sumsq is None else sumsq.contiguous()
+    bias, sumsq = vector(bias), vector(sumsq)
     sizes = (M, K // vec, out // vec_y, unscaled // vec_y, h.stride(0) // vec, weight.stride(0) // vec)
     options = dict(ACTIVATION=activation, UNSCALED=unscaled > 0, VEC=vec, VEC_Y=vec_y, **tile.meta() | {"BN": block_n})
     stride_y, inverse_width = y.stride(0) // vec_y, 1.0 / full_width

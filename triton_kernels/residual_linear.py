@@ -32,8 +32,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slicegpt_fast.counters import counters
+from slicegpt_fast.memory import rows, vector
 
-from .launch import arrives_last, fits_tma, gpu_of, launch, matrix, vector_width
+from .launch import arrives_last, fits_tma, gpu_of, launch, vector_width
 from .matmul import add_in_order, load_tile, store_tile, tile_position
 from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
 
@@ -189,10 +190,8 @@ def residual_linear(
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``a W^T + b + residual + a2 W2`` and its row sums of squares; ``tile`` overrules the choice."""
-    a, weight = matrix(a), matrix(weight)
-    a2, weight2 = (None, None) if a2 is None or a2.shape[1] == 0 else (matrix(a2), matrix(weight2))
-    residual = None if residual is None else matrix(residual)
-    bias = None if bias is None else bias.contiguous()
+    a, weight, residual, bias = rows(a), rows(weight), rows(residual), vector(bias)
+    a2, weight2 = (None, None) if a2 is None or a2.shape[1] == 0 else (rows(a2), rows(weight2))
     (M, K), N = a.shape, weight.shape[0]
     K2 = 0 if a2 is None else a2.shape[1]
     y = torch.empty(M, N, dtype=a.dtype, device=a.device)

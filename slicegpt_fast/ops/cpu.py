@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slicegpt_fast import _C
+from slicegpt_fast.memory import address, matrix_at, rows, rows_at, vector
 from slicegpt_fast.native import ACTIVATIONS, DTYPES
 from slicegpt_fast.ops.dispatch import Request
 
@@ -22,15 +23,15 @@ def refuses(request: Request) -> str | None:
 
 
 def covariance_(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> None:
-    rows = None if mask is None else mask.nonzero()
-    N, D = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
+    tokens = None if mask is None else mask.nonzero()
+    N, D = x.shape[0] if tokens is None else tokens.shape[0], x.shape[1]
     if N == 0 or D == 0:
         return
-    x, sums = _rows(x), _rows(acc)
-    row_scale = None if row_scale is None else row_scale.to(torch.float32).contiguous()
+    x, sums = rows(x), rows(acc)
+    row_scale = None if row_scale is None else row_scale.float().contiguous()
     _C.covariance(
         sums.data_ptr(), DTYPES[sums.dtype], sums.stride(0), x.data_ptr(), DTYPES[x.dtype], x.stride(0),
-        _at(rows), _at(row_scale), N, D, torch.get_num_threads(),
+        address(tokens), address(row_scale), N, D, torch.get_num_threads(),
     )  # fmt: skip
     if sums is not acc:
         acc.copy_(sums)
@@ -54,12 +55,11 @@ def norm_linear(
         y = torch.empty((M, (n + unscaled) // 2), dtype=h.dtype)
     else:
         y = torch.empty((M, n), dtype=h.dtype) if product is None else product
-    h, weight = _rows(h), _rows_or_columns(weight)
-    bias = None if bias is None else bias.contiguous()
-    sumsq = None if sumsq is None else sumsq.contiguous()
+    h, weight = rows(h), _rows_or_columns(weight)
+    bias, sumsq = vector(bias), vector(sumsq)
     _C.norm_linear(
-        DTYPES[h.dtype], M, n, K, *_rows_at(h), *_matrix_at(weight), *_rows_at(product), _at(bias), eps, full_width,
-        _at(sumsq), ACTIVATIONS[activation], unscaled, y.data_ptr(), torch.get_num_threads(),
+        DTYPES[h.dtype], M, n, K, *rows_at(h), *matrix_at(weight), *rows_at(product), address(bias), eps, full_width,
+        address(sumsq), ACTIVATIONS[activation], unscaled, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -78,38 +78,17 @@ def residual_linear(
         K, residual, a2, weight2 = 0, y, None, None
     else:
         y = torch.empty((M, n), dtype=a.dtype)
-    a, weight = _rows(a), _rows_or_columns(weight)
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else _rows(residual)
-    a2 = None if a2 is None else _rows(a2)
+    a, weight = rows(a), _rows_or_columns(weight)
+    residual, a2, bias = rows(residual), rows(a2), vector(bias)
     weight2 = None if weight2 is None else _rows_or_columns(weight2)
     _C.residual_linear(
-        DTYPES[a.dtype], M, n, K, *_rows_at(a), *_matrix_at(weight), _at(bias), *_rows_at(residual),
-        0 if a2 is None else a2.shape[1], *_rows_at(a2), *_matrix_at(weight2), y.data_ptr(), sumsq.data_ptr(),
+        DTYPES[a.dtype], M, n, K, *rows_at(a), *matrix_at(weight), address(bias), *rows_at(residual),
+        0 if a2 is None else a2.shape[1], *rows_at(a2), *matrix_at(weight2), y.data_ptr(), sumsq.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return y, sumsq
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``x``, or a copy of it, with each row in one piece."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _rows_or_columns(weight: Tensor) -> Tensor:
     """``weight``, or a copy of it, with each row or each column in one piece."""
     return weight if 1 in weight.stride() else weight.contiguous()
-
-
-def _at(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _rows_at(x: Tensor | None) -> tuple[int, int]:
-    """Address and row stride."""
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
-
-
-def _matrix_at(x: Tensor | None) -> tuple[int, int, int]:
-    """Address and strides."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))

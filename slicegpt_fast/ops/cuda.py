@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slicegpt_fast import _C
 from slicegpt_fast.counters import counters
+from slicegpt_fast.memory import address, rows, rows_at, vector
 from slicegpt_fast.native import ACTIVATIONS, DTYPES, build_info
 from slicegpt_fast.ops.dispatch import HALF, Request
 
@@ -58,20 +59,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def rows(x: Tensor) -> Tensor:
-    """``x`` itself where its rows are contiguous, else a copy whose rows are."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def covariance_(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> None:
     """The op, on Hopper, for an x with elements."""
     x, D = rows(x), x.shape[1]
     row_scale = None if row_scale is None else row_scale.float().contiguous()
-    mask = None if mask is None else mask.contiguous()
+    mask = vector(mask)
     readable = x.stride(0) >= D and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     prepare = not readable or row_scale is not None or mask is not None
     step = PREPARED_TOKENS if prepare else x.shape[0]
@@ -103,8 +95,7 @@ def norm_linear(
 ) -> Tensor:
     """The op, for at most 16 rows and an h and a weight with elements."""
     h, weight = rows(h), rows(weight)
-    bias = None if bias is None else bias.contiguous()
-    sumsq = None if sumsq is None else sumsq.contiguous()
+    bias, sumsq = vector(bias), vector(sumsq)
     (M, K), scaled = h.shape, weight.shape[0] - unscaled
     y = h.new_empty(M, (scaled // 2 if activation == "silu_gate" else scaled) + unscaled)
     sizes, code = (M, scaled, unscaled, K), ACTIVATIONS[activation]
@@ -112,8 +103,8 @@ def norm_linear(
     workspace = torch.empty(plan[1], dtype=torch.float32, device=h.device)
     with on(h.device):
         _C.cuda_norm_linear(
-            h.data_ptr(), h.stride(0), weight.data_ptr(), weight.stride(0), address(bias), address(sumsq),
-            y.data_ptr(), y.stride(0), *sizes, eps, 1.0 / full_width, code, DTYPES[h.dtype],
+            *rows_at(h), *rows_at(weight), address(bias), address(sumsq), *rows_at(y),
+            *sizes, eps, 1.0 / full_width, code, DTYPES[h.dtype],
             plan, workspace.data_ptr(), counters(plan[2], h.device).data_ptr(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return y
@@ -123,9 +114,7 @@ def residual_linear(
     a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The op, for at most 16 rows and an a and a weight with elements."""
-    a, weight = rows(a), rows(weight)
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else rows(residual)
+    a, weight, residual, bias = rows(a), rows(weight), rows(residual), vector(bias)
     (M, K), n = a.shape, weight.shape[0]
     along_n = True
     if a2 is None or weight2 is None or a2.shape[1] == 0:
@@ -139,14 +128,10 @@ def residual_linear(
     sizes = (M, n, K, 0 if a2 is None else a2.shape[1])
     plan = _C.cuda_residual_linear_plan(*sizes, multiprocessors(a.device))
     workspace = torch.empty(plan[1], dtype=torch.float32, device=a.device)
-
-    def matrix(x: Tensor | None) -> tuple[int, int]:
-        return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
-
     with on(a.device):
         _C.cuda_residual_linear(
-            *matrix(a), *matrix(weight), *matrix(a2), *matrix(weight2), along_n, address(bias), *matrix(residual),
-            *matrix(y), sumsq.data_ptr(), *sizes, DTYPES[a.dtype],
+            *rows_at(a), *rows_at(weight), *rows_at(a2), *rows_at(weight2), along_n, address(bias), *rows_at(residual),
+            *rows_at(y), sumsq.data_ptr(), *sizes, DTYPES[a.dtype],
             plan, workspace.data_ptr(), counters(plan[2], a.device).data_ptr(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return y, sumsq

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from slicegpt_fast.ops.dispatch import DECODE_ROWS
 from slicegpt_fast.ops.norm_linear import norm_linear
-from slicegpt_fast.patching.layers import Forward, NotFusable, Requests, requests
+from slicegpt_fast.patching.layers import Forward, NotFusable, Requests, infers, requests
 
 
 class FusedHead:
@@ -36,8 +36,7 @@ class FusedHead:
 
     def forward(self, x: Tensor) -> Tensor:
         linear, rows = self.module, x.shape[:-1].numel()
-        grad = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
-        if linear.training or grad or rows > DECODE_ROWS or torch.is_autocast_enabled(x.device.type):
+        if rows > DECODE_ROWS or not infers(linear, [linear.weight], x):
             return nn.Linear.forward(linear, x)
         # The norm is already done: a sum of squares of zero and an eps of one make the row scale one.
         sumsq = torch.zeros(rows, dtype=torch.float32, device=x.device)

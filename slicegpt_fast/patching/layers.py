@@ -38,7 +38,6 @@ from slicegpt_fast.slicing.layers import (
     AlignedShortcut,
     WeightlessRMSNorm,
     norm_eps,
-    normalise,
     run_sublayer,
     shortcut_name,
 )
@@ -281,7 +280,7 @@ class FusedLayer:
         self._before = layer.__dict__.get(self.slot)
         self.unfused = getattr(layer, self.slot)
         self.replacement = self.forward
-        self._parameters = list(layer.parameters())
+        self._parameters: list[Tensor] = list(layer.parameters())
 
     def pack(self) -> None:
         """Lays the weights of the fused sublayers out."""
@@ -300,18 +299,8 @@ class FusedLayer:
                 branch.writer.unpack()
         self.sublayers.clear()
 
-    def refusal(self, h: Tensor) -> str | None:
-        """Why no part of the layer runs fused on ``h``, or None."""
-        if self.layer.training:
-            return "training mode"
-        if torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in self._parameters)):
-            return "autograd is on"
-        if torch.is_autocast_enabled(h.device.type):
-            return "autocast is on"
-        return None
-
     def forward(self, hidden_states: Tensor, *positional: Any, **layer_arguments: Any) -> Any:
-        if self.refusal(hidden_states) is not None:
+        if not infers(self.layer, self._parameters, hidden_states):
             return self.unfused(hidden_states, *positional, **layer_arguments)
         layer, architecture = self.layer, self.architecture
         if _foreign(layer._forward_pre_hooks):  # which may have changed the stream in place
@@ -323,14 +312,17 @@ class FusedLayer:
             if fused is not None and fused.changed() is None:
                 hidden_states, weights_here = fused(hidden_states, layer_arguments)
             else:
-                normalised = normalise(layer, sublayer, hidden_states)
-                output, weights_here = run_sublayer(layer, sublayer, normalised, **layer_arguments)
-                shortcut = getattr(layer, shortcut_name(sublayer), None)
-                hidden_states = output + (hidden_states if shortcut is None else shortcut(hidden_states))
+                hidden_states, weights_here = run_sublayer(layer, sublayer, hidden_states, **layer_arguments)
             attention_weights = weights_here if attention_weights is None else attention_weights
         if _foreign(layer._forward_hooks):
             set_row_statistic(hidden_states, None)
         return (hidden_states, attention_weights) if architecture.returns_tuple else hidden_states
+
+
+def infers(module: nn.Module, parameters: list[Tensor], x: Tensor) -> bool:
+    """True where ``module(x)`` is plain inference: no training, no gradient wanted, no autocast."""
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
+    return not (module.training or wants_grad or torch.is_autocast_enabled(x.device.type))
 
 
 def requests(op: str, weight: Tensor, rows: int | None = None) -> Requests:

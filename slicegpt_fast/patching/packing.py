@@ -56,10 +56,9 @@ class PackedWeight:
     @property
     def copied_bytes(self) -> int:
         """Memory that the matrix adds to the parameters."""
-        copied = [module.weight for module in (self.negated,) if module is not None]
-        if self.gamma is not None:
-            copied += [weight.matrix for weight in self.weights]
-        return sum(tensor.nbytes for tensor in copied)
+        rows = [] if self.gamma is None else [weight.matrix for weight in self.weights]
+        rows += [] if self.negated is None else [self.negated.weight]
+        return sum(tensor.nbytes for tensor in rows)
 
     def rows(self) -> list[slice]:
         """Which rows each weight takes."""
@@ -91,10 +90,7 @@ class PackedWeight:
         """Gives every parameter memory of its own again, laid out as it was before."""
         with torch.inference_mode(False):
             for slots, name in self._shared:
-                parameter = slots[name]
-                parameter.data = (
-                    parameter.data.contiguous() if not parameter.is_contiguous() else parameter.data.clone()
-                )
+                slots[name].data = slots[name].data.clone(memory_format=torch.contiguous_format)
 
     def _identity(self) -> list[int]:
         """Where all that is packed stands; changes when it is replaced and, for copies, when it is updated in place."""

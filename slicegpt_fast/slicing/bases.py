@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import architecture_of, at
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
-from slicegpt_fast.slicing.layers import norm_eps, normalise, rstd, run_sublayer
+from slicegpt_fast.slicing.layers import norm_eps, normalise, rstd, run_branches
 from slicegpt_fast.slicing.plan import SlicePlan
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
 from slicegpt_fast.slicing.stream import Batch, enter, evaluating, visit
@@ -122,7 +122,7 @@ def find_bases(
                 if each_its_own:
                     state = state - state @ deleted @ deleted.T
                 normalised = normalise(stop.layer, stop.sublayer, state)
-                output, _ = run_sublayer(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
+                output, _ = run_branches(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
                 stream.states[i] = state + output
     return Bases(plan, matrices, torch.stack(list(spectra)), stream.tokens)
 
@@ -179,11 +179,11 @@ def refit_readers(
             for i, arguments in enumerate(stream.layer_arguments):
                 dense, narrow = stream.states[i], sliced[i]
                 normalised = normalise(stop.layer, stop.sublayer, dense)
-                output, _ = run_sublayer(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
+                output, _ = run_branches(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
                 stream.states[i] = dense + output
                 estimate = (narrow * rstd(narrow, full, eps)).to(model.dtype) @ fitted
                 normalised = {norm: _affine(at(stop.layer, norm), estimate) for norm in normalised}
-                output, _ = run_sublayer(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
+                output, _ = run_branches(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
                 sliced[i] = narrow @ factor.T + output
     return replace(bases, readers=readers)
 

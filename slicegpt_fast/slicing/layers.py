@@ -76,12 +76,22 @@ def normalise(layer: nn.Module, sublayer: Sublayer, hidden_states: Tensor) -> di
     return {norm: at(layer, norm)(hidden_states) for norm in dict.fromkeys(b.norm for b in sublayer.branches)}
 
 
-def run_sublayer(
+def run_branches(
     layer: nn.Module, sublayer: Sublayer, normalised: dict[str, Tensor], **layer_arguments: Any
 ) -> tuple[Tensor, Any]:
     """What a sublayer makes of the normalised stream and adds to it, [B, T, d'], and its attention weights."""
     first, *others = (run_branch(layer, b, normalised[b.norm], **layer_arguments) for b in sublayer.branches)
     return sum((output for output, _ in others), first[0]), first[1]
+
+
+def run_sublayer(
+    layer: nn.Module, sublayer: Sublayer, hidden_states: Tensor, **layer_arguments: Any
+) -> tuple[Tensor, Any]:
+    """``shortcut(h) + module(norm(h))``, [B, T, d] -> [B, T, d'], and the attention weights."""
+    normalised = normalise(layer, sublayer, hidden_states)
+    output, attention_weights = run_branches(layer, sublayer, normalised, **layer_arguments)
+    shortcut = getattr(layer, shortcut_name(sublayer), None)
+    return output + (hidden_states if shortcut is None else shortcut(hidden_states)), attention_weights
 
 
 def shortcut_name(sublayer: Sublayer) -> str:
@@ -95,11 +105,8 @@ def forward_with_shortcuts(layer: nn.Module, hidden_states: Tensor, *positional:
     layer_arguments.update(zip(architecture.positional, positional, strict=False))
     attention_weights = None
     for sublayer in architecture.sublayers:
-        normalised = normalise(layer, sublayer, hidden_states)
-        output, weights_here = run_sublayer(layer, sublayer, normalised, **layer_arguments)
+        hidden_states, weights_here = run_sublayer(layer, sublayer, hidden_states, **layer_arguments)
         attention_weights = weights_here if attention_weights is None else attention_weights
-        shortcut = getattr(layer, shortcut_name(sublayer), None)
-        hidden_states = output + (hidden_states if shortcut is None else shortcut(hidden_states))
     return (hidden_states, attention_weights) if architecture.returns_tuple else hidden_states
 
 
