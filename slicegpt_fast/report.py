@@ -161,7 +161,7 @@ def speed_notes(speeds: Speeds) -> list[str]:
     return [
         f"{settings['dtype']} on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, {machine['date']}.",
-        f"{settings['batch']} sequences of {settings['prompt']} random tokens, then {settings['new_tokens']} decode "
+        f"Batch of {settings['batch']}, prompts of {settings['prompt']} tokens, then {settings['new_tokens']} decode "
         f"steps; all in turn, medians of {settings['rounds']}.",
         f"Floor: weights read at {decimal(speeds.read_bandwidth)}B/s or multiplied at {decimal(speeds.matmul_rate)}"
         "FLOP/s, whichever takes longer; both measured in this run.",

@@ -273,14 +273,15 @@ class TestGenerate:
         )
 
 
-class TestBench:
-    @pytest.fixture(scope="class")
-    def sliced(self, model, texts, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("models") / "sliced"
-        windows = batched(windows_of(model, texts))
-        save_model(slice_model(load_model(model), windows, sparsity=0.25, progress=False), folder)
-        return folder
+@pytest.fixture(scope="module")
+def sliced(model, texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "sliced"
+    windows = batched(windows_of(model, texts))
+    save_model(slice_model(load_model(model), windows, sparsity=0.25, progress=False), folder)
+    return folder
 
+
+class TestBench:
     @pytest.fixture
     def quick(self, monkeypatch):
         monkeypatch.setattr("slicegpt_fast.benchmark.READ_BYTES", 1 << 16)
