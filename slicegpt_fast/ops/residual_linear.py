@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt_fast.ops import cpu, cuda
-from slicegpt_fast.ops.dispatch import DECODE_ROWS, Op, Request, check_matrix, check_vector, require, triton_refuses
+from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, regime_of, require, triton_refuses
 
 
 def residual_linear(
@@ -97,9 +97,16 @@ def fake(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def request(
     a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
 ) -> Request:
-    regime = "decode" if a.shape[0] <= DECODE_ROWS else "prefill"
     K = a.shape[1] + (0 if a2 is None else a2.shape[1])
-    return Request("residual_linear", a.device, a.dtype, regime, (a.shape[0], weight.shape[0], K))
+    shortcut = "dense" if residual is None else "add" if a2 is None else "low rank"
+    return Request(
+        "residual_linear",
+        a.device,
+        a.dtype,
+        regime_of("residual_linear", a.shape[0]),
+        (a.shape[0], weight.shape[0], K),
+        shortcut,
+    )
 
 
 def _triton(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
