@@ -68,7 +68,7 @@ DECODE_TILES = {1: (Tile(16, 64, 128, 4, 4), Tile(16, 128, 64, 4, 4)), 2: (Tile(
 SMALL_TILES = (Tile(64, 64, 32, 8, 3),)
 SMALL_DECODE_TILES = {1: (Tile(16, 64, 64, 4, 3),), 2: (Tile(16, 128, 32, 4, 3),)}
 # Epilogues that need registers, and some that do with a bias: at most 64 accumulators per thread then.
-HEAVY_EPILOGUES = {8: (), 9: ("gelu", "silu_gate + bias", "low rank + bias"), 10: ("gelu",)}
+HEAVY_EPILOGUES = {8: (), 9: ("gelu", "silu_gate + bias", "low rank + bias"), 10: ("gelu", "silu_gate + bias")}
 SM_REGISTERS = 65536
 OTHER_REGISTERS = 112  # per thread, beside the accumulators: as compiled for sm_80, where there are most
 TILE_OVERHEAD = 2000  # clocks to fill the pipeline and write a tile out
