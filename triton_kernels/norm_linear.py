@@ -12,7 +12,9 @@ the one and the same BN rows of the other against the same h, into two accumulat
 writes silu(gate) * up from registers. An unscaled tile then takes 2 BN neighbouring rows.
 
 Prefill, M > 16 (``norm_linear_prefill``): persistent programs own BM x BN tiles, chosen by the wave model; operands
-come by TMA from Hopper on. On Hopper the next tile's loads start under this tile's epilogue (flattened loop).
+come by TMA from Hopper on. On Hopper the next tile's loads start under this tile's epilogue (flattened loop). In the
+code compiled for sm_90, a K step's wgmma are in flight while the next step's operands are waited for (wait_group 1, or
+2 with a gate), and loads run further ahead. warp_specialize of Triton 3.7 leaves that code as it is.
     FLOPs  2 M n d
     Bytes  2 (M d + n d + M out)
     Floor  at M=4096, n=12288, d=2872, one H200 (780 TFLOP/s): 0.37 ms of MMA

@@ -11,7 +11,10 @@ The shortcut decides the second operand pair and the residual: absent (add h), d
 and add h). A pair costs no kernel and no pass over memory of its own. The next norm needs sum(h'^2) of the *rounded*
 h': every tile leaves its rows' sums in a workspace, and the last tile of a block of rows to arrive adds them in order.
 
+W2 is read as it lies in a model, [n, K2]: the weight of a linear layer, of which the shortcut is the transposed view.
+
 Prefill, M > 16 (``residual_linear_prefill``): persistent programs own BM x BN tiles; operands by TMA from Hopper on.
+The accumulator starts from b and h. As compiled for sm_90, wgmma and loads overlap as in ``norm_linear``, pair by pair.
     FLOPs  2 M n (k + K2)
     Bytes  2 (M k + n k + M K2 + n K2 + M n), and 2 M n more where h is added
     Floor  at M=4096, n=2872, k=11008, dense S, one H200 (780 TFLOP/s): 0.42 ms of MMA

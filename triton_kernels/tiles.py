@@ -60,7 +60,7 @@ RATES = {8: Rates(2048, 40), 9: Rates(4096, 40), 10: Rates(8192, 64)}
 TILES = {
     8: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
     9: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5)),
-    10: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    10: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 5)),
 }
 # Keyed on the blocks of W in a tile, two with a gate: an MMA takes 64 rows of W on its left, so a block has no fewer.
 DECODE_TILES = {1: (Tile(16, 64, 128, 4, 4), Tile(16, 128, 64, 4, 4)), 2: (Tile(16, 128, 64, 4, 4),)}

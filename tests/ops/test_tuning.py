@@ -12,6 +12,8 @@ from slicegpt_fast.ops import dispatch, kernel_table, norm_linear, tuning
 from slicegpt_fast.ops.dispatch import OPS, Request
 from slicegpt_fast.ops.tuning import Shape, block_shapes, tune
 from slicegpt_fast.triton_kernels import tiles
+from slicegpt_fast.triton_kernels.compile_ahead import GPUS
+from slicegpt_fast.triton_kernels.launch import INTERPRETER
 
 CUDA = torch.device("cuda", 0)
 HALF = torch.float16
@@ -62,16 +64,10 @@ def test_every_backend_and_tile_is_measured(cache, clock):
         entry = tuned.lookup("cpu", shape.op, tuned.bucket(HALF, request.shape, request.epilogue))
         assert entry.us == times
         if shape.op != "covariance_":
-            every = tiles.tiles_for(tiles_gpu(), HALF, shape.m, True, shape.epilogue)
+            every = tiles.tiles_for(INTERPRETER, HALF, shape.m, True, shape.epilogue)
             assert [arguments[-1] for arguments in ran] == list(every)
             assert entry.tile in [tile.__dict__ for tile in every]
         running.clear()
-
-
-def tiles_gpu():
-    from slicegpt_fast.triton_kernels.launch import INTERPRETER
-
-    return INTERPRETER
 
 
 @pytest.fixture
@@ -144,8 +140,6 @@ def test_what_was_measured_but_cannot_run_is_passed_over(cache, hopper, monkeypa
 )
 @pytest.mark.filterwarnings("ignore:.* is no table of measurements")
 def test_old_and_foreign_tables_count_as_unmeasured(table, cache, hopper):
-    from slicegpt_fast.triton_kernels.compile_ahead import GPUS
-
     key = tuned.bucket(torch.bfloat16, (4096, 4096, 2872), None)
     tuned.user_table().parent.mkdir()
     tuned.user_table().write_text(table.replace("KEY", key))
