@@ -29,7 +29,8 @@ def residual_linear(
         bias: [n] or None, same dtype.
         h: the residual stream: [M, d] with a dense shortcut, else [M, n]. Same dtype.
         shortcut: None: h itself. S [d, n]: ``h @ S``. A pair (t [M, r], V [r, n]): ``h + t @ V``, a low-rank shortcut
-            where t = h @ U came from the unscaled columns of the ``norm_linear`` before.
+            where t = h @ U came from the unscaled columns of the ``norm_linear`` before. Best passed as the transposed
+            view of a linear layer's weight, which is what a model holds: Triton's kernels copy any other layout.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:

@@ -97,7 +97,8 @@ def operands(request: Request) -> tuple[Any, ...]:
         unscaled = n % 2  # a gate needs pairs of rows
         return random(m, k), random(n, k), None, 1e-5, k, torch.full((m,), float(k), device=device), epilogue, unscaled
     # How K divides between the layer and the shortcut matters little.
-    k2 = min({"add": 0, "dense": n, "low rank": 64}[epilogue or "add"], k // 2)
+    k2 = {"add": 0, "dense": n, "low rank": 64}[epilogue or "add"]
+    k2 = k2 if k2 < k else k // 2
     residual = None if epilogue == "dense" else random(m, n)
     shortcut = (random(m, k2), random(n, k2).T) if k2 else (None, None)
     return random(m, k - k2), random(n, k - k2), None, residual, *shortcut
@@ -124,7 +125,9 @@ def _candidates(
     from slicegpt_fast.triton_kernels.launch import gpu_of
     from slicegpt_fast.triton_kernels.tiles import tiles_for
 
-    for tile in tiles_for(gpu_of(request.device), request.dtype, request.shape[0], True, request.epilogue):
+    m, *widths = request.shape
+    aligned = all(width % 8 == 0 for width in (widths[1:] if request.op == "norm_linear" else widths))
+    for tile in tiles_for(gpu_of(request.device), request.dtype, m, aligned, request.epilogue):
         yield tile, partial(run, *arguments, tile)
 
 
