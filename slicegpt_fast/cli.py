@@ -479,7 +479,7 @@ def tune(
             metavar="M",
             min=1,
             help="Tokens per call; may be repeated. A measurement serves calls of up to the next power of two. "
-            "Default: all powers from 1 to 8192.",
+            "Default: 1, and the powers of two from 32 to 8192.",
             show_default=False,
         ),
     ] = None,
