@@ -11,7 +11,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt_fast import slicing  # noqa: F401  registers the sliced format with transformers
 from slicegpt_fast.errors import InputError
@@ -39,6 +39,17 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
             f"the checkpoint {source} lacks {len(missing)} tensors ({missing[0]}, ...): write or copy it again."
         )
     return model.eval()
+
+
+def load_skeleton(source: str | Path) -> PreTrainedModel:
+    """The dense model that a config describes, without its weights: on the device "meta".
+
+    Raises:
+        InputError: ``source`` holds no config of a causal language model.
+    """
+    config = from_pretrained(AutoConfig, source, {})
+    with _loading(source), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

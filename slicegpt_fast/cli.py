@@ -474,35 +474,53 @@ def info(
 def tune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Local folder or hub id.", show_default=False)],
     rows: Annotated[
-        list[int] | None, typer.Option(metavar="M", min=1, help="Tokens per call; may be repeated. Default: 1, 4096.")
+        list[int] | None,
+        typer.Option(
+            metavar="M",
+            min=1,
+            help="Tokens per call; may be repeated. A measurement serves calls of up to the next power of two. "
+            "Default: 1, and the powers of two from 32 to 8192.",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16"], typer.Option(metavar="DTYPE", help="bfloat16 or float16.")
     ] = "bfloat16",
 ) -> None:
-    """Time every tile of the Triton kernels, and torch, at the shapes of a model's blocks on this GPU.
+    """Time torch, Triton (every tile) and CUDA kernels at the shapes of a patched model on this GPU, a few minutes.
 
-    Later calls of these shapes take what was fastest; the table is kept in ~/.cache/slicegpt-fast.
+    From then on each shape runs on what was fastest, and never on a kernel that lost to torch; the table is kept in
+    ~/.cache/slicegpt-fast. Only the config of MODEL is read. For a dense model, what slicing needs is timed too.
     """
     import torch
-    from transformers import AutoConfig
+    from rich.progress import track
 
-    from slicegpt_fast.checkpoint import from_pretrained
-    from slicegpt_fast.ops.tuning import block_shapes, tune
+    from slicegpt_fast.checkpoint import load_skeleton
+    from slicegpt_fast.ops.dispatch import DECODE_ROWS
+    from slicegpt_fast.ops.tuning import Shape, tune
+    from slicegpt_fast.patching import op_requests
     from slicegpt_fast.slicing import slice_config_of
+    from slicegpt_fast.slicing.layers import narrow_
+    from slicegpt_fast.tuned import BUCKETS
 
-    config = from_pretrained(AutoConfig, model, {})
-    if not hasattr(config, "intermediate_size"):
-        raise InputError(f"tune knows the shapes of gated MLPs, which {config.model_type} models lack.")
-    sliced = slice_config_of(config)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_width = getattr(config, "num_key_value_heads", heads) * head_dim
-    listing = Table("shape", "kernel us", "torch us")
-    for width in sorted(set(sliced.widths if sliced else [config.hidden_size])):
-        shapes = block_shapes(width, heads * head_dim, key_width, config.intermediate_size, tuple(rows or (1, 4096)))
-        for measured in tune(shapes, getattr(torch, dtype)):
-            listing.add_row(str(measured.shape), f"{measured.kernel_us:.1f}", f"{measured.reference_us:.1f}")
+    skeleton = load_skeleton(model)
+    sliced = slice_config_of(skeleton)
+    if sliced:
+        narrow_(skeleton, sliced.plan())
+    shapes = []
+    for m in rows or (1, *BUCKETS[1:]):
+        for decode, prefill in op_requests(skeleton):
+            request = decode if m <= DECODE_ROWS else prefill
+            if request is not None:
+                shapes.append(Shape(request.op, m, *request.shape[1:], request.epilogue))
+        if not sliced and m > DECODE_ROWS:
+            D = skeleton.config.hidden_size
+            shapes += [Shape("covariance_", m, D, D, epilogue) for epilogue in (None, "row scale")]
+    shapes = list(dict.fromkeys(shapes))
+    listing = Table("op", "M", "N", "K", "epilogue", "us, the fastest first")
+    measurements = tune(shapes, getattr(torch, dtype))
+    for shape, us in track(measurements, "measuring", len(shapes), console=errors, disable=not errors.is_terminal):
+        listing.add_row(*(str(x or "") for x in shape), ", ".join(f"{name} {time:.1f}" for name, time in us.items()))
     console.print(listing)
 
 

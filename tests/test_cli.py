@@ -13,10 +13,12 @@ from models import tiny_model
 from texts import TEXT, word_tokenizer
 from typer.testing import CliRunner
 
-from slicegpt_fast import load_model, load_tokenizer, perplexity, save_model, slice_model
+from slicegpt_fast import load_model, load_tokenizer, perplexity, save_model, slice_model, tuned
 from slicegpt_fast.calibration import batched, join_documents, token_windows
 from slicegpt_fast.cli import app
 from slicegpt_fast.evaluation import stored_parameters
+from slicegpt_fast.ops import tuning
+from slicegpt_fast.patching import op_requests
 
 LENGTH = 16
 
@@ -331,6 +333,31 @@ class TestInfo:
 
     def test_no_model(self, tmp_path):
         assert error_of("info", tmp_path).startswith(f"{tmp_path} is not a model to describe: ")
+
+
+class TestTune:
+    @pytest.mark.parametrize("shortcut", ["dense", "aligned"])
+    def test_measures_what_a_patched_model_asks_for(self, shortcut, tmp_path, monkeypatch):
+        """With a clock that stands still and no kernel run: the GPU is this machine's CPU."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(tuning, "_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(tuning, "microseconds", lambda call: 1.0)
+        windows = [torch.randint(64, (4, LENGTH))]
+        sliced = slice_model(tiny_model(), windows, sparsity=0.25, shortcut=shortcut, progress=False)
+        save_model(sliced, tmp_path / "sliced")
+        tuned._tables.cache_clear()
+        try:
+            output = ran("tune", tmp_path / "sliced", "--rows", 1, "--rows", 512)
+            for request in (request for pair in op_requests(sliced) for request in pair if request is not None):
+                bucket = tuned.bucket(torch.bfloat16, request.shape, request.epilogue)
+                assert tuned.lookup("cpu", request.op, bucket).us["reference"] == 1.0
+                assert request.op in output
+        finally:
+            tuned._tables.cache_clear()
+
+    def test_without_a_gpu(self, model):
+        if not torch.cuda.is_available():
+            assert "there is no CUDA device to tune for" in error_of("tune", model)
 
 
 def test_the_installed_script(model, texts, tmp_path):

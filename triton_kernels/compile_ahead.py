@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +71,23 @@ def resources(usage: str) -> dict[str, tuple[int, int, int]]:
     return {name: (int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found}
 
 
+@lru_cache(maxsize=4096)
+def facts_of(binary: Any) -> Compiled:
+    """What there is to know of a kernel that Triton compiled."""
+    cubin, facts = binary.asm["cubin"], binary.metadata
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        registers, spilled, _ = resources(cuobjdump(file.name, "-res-usage"))[facts.name]
+    return Compiled(facts.name, registers, spilled, facts.shared, facts.num_warps, binary.asm["ptx"], cubin)
+
+
 def compile_calls(gpu: Gpu, call: Callable[[], Any]) -> list[Compiled]:
     """Every kernel that ``call`` would launch on ``gpu``, compiled."""
     compiled = []
 
     def compile_only(kernel: Any, grid: Any, device: Any, *args: Any, **meta: Any) -> None:
-        binary = kernel.warmup(*args, grid=grid, **meta)
-        cubin, facts = binary.asm["cubin"], binary.metadata
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(cubin)
-            file.flush()
-            registers, spilled, _ = resources(cuobjdump(file.name, "-res-usage"))[facts.name]
-        ptx = binary.asm["ptx"]
-        compiled.append(Compiled(facts.name, registers, spilled, facts.shared, facts.num_warps, ptx, cubin))
+        compiled.append(facts_of(kernel.warmup(*args, grid=grid, **meta)))
 
     names = {"launch": compile_only, "gpu_of": lambda device: gpu}
     originals = [(module, name, getattr(module, name)) for module in MODULES for name in names]

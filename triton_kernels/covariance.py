@@ -38,12 +38,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from slicegpt_fast.memory import rows
 
 from .launch import Gpu, fits_tma, gpu_of, launch, vector_width
-from .matmul import load_tile
+from .matmul import SIZES, load_tile
 from .tiles import RATES, Tile, generation
 
-# Keyed on the major compute capability. A row scale needs registers for its two terms: without TMA, a smaller tile.
+# Keyed on the major compute capability.
 TILE = {8: Tile(128, 128, 32, 8, 3), 9: Tile(128, 128, 64, 8, 4), 10: Tile(128, 128, 64, 8, 4)}
-SCALED_TILE = Tile(64, 64, 32, 4, 3)
+# Without TMA, addresses take registers: a smaller tile where a row scale has two terms or rows do not align.
+SMALL_TILE = Tile(64, 64, 32, 4, 3)
 FP32_TILE = Tile(64, 64, 32, 8, 3)
 PIECE = 32
 CHAIN = 256  # tokens of one MMA chain
@@ -59,7 +60,7 @@ def triangle_tile(tile):
     return row, tile - row * (row + 1) // 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def partial_tiles(
     x,  # [N, D] pointer, or descriptor of [BK, BM] blocks
     row_scale,  # [N] fp32
@@ -119,7 +120,7 @@ def partial_tiles(
     tl.store(partial + cell + offsets, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def reduce_mirror(
     partial,  # [splits, tiles, BM, BM] fp32
     acc,  # [D, D] fp32 or fp64, symmetric
@@ -149,11 +150,11 @@ def reduce_mirror(
     tl.store(mirrored, tl.trans(total), mask=tl.trans(lower & (rows > cols)))
 
 
-def choose_tile(gpu: Gpu, dtype: torch.dtype, scaled: bool, tma: bool) -> Tile:
+def choose_tile(gpu: Gpu, dtype: torch.dtype, scaled: bool, aligned: bool, tma: bool) -> Tile:
     """The square tile for a call."""
     if dtype == torch.float32:
         return FP32_TILE
-    return SCALED_TILE if scaled and not tma else TILE[generation(gpu)]
+    return TILE[generation(gpu)] if tma or (aligned and not scaled) else SMALL_TILE
 
 
 @lru_cache(maxsize=4096)
@@ -182,7 +183,7 @@ def covariance_(
     gpu = gpu_of(x.device)
     vec = vector_width(x)
     tma = gpu.has_tma and fits_tma(x)
-    tile = choose_tile(gpu, x.dtype, row_scale is not None, tma)
+    tile = choose_tile(gpu, x.dtype, row_scale is not None, vec > 1, tma)
     blocks = triton.cdiv(D, tile.m)
     triangle = blocks * (blocks + 1) // 2
     splits = choose_splits(gpu, tile, N, D)

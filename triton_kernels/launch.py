@@ -36,7 +36,7 @@ class Gpu:
 
 
 # What the interpreter pretends to run on: the code paths of Hopper, few enough programs to be quick.
-INTERPRETER = Gpu("interpreter", (9, 0), 4, 227 * 1024)
+INTERPRETER = Gpu("cpu", (9, 0), 4, 227 * 1024)
 
 
 @lru_cache

@@ -1,9 +1,14 @@
-"""The parts that the matmul kernels share: loading and storing a tile, ordering tiles, adding shares, activations."""
+"""What the matmul kernels share: tiles in and out, their products and their order, adding shares, activations."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# A kernel is compiled once for all sizes: Triton would compile it anew for those that are 1 or not a multiple of 16.
+# What loads need to know of them, that rows align, VEC says: sizes and strides arrive in units of it.
+SIZES = ("M", "N", "K", "K2", "D", "out", "unscaled", "splits")
+SIZES += tuple(f"stride_{x}" for x in ("a", "w", "a2", "w2", "h", "x", "y", "residual", "row", "col"))
 
 
 @triton.jit
@@ -18,6 +23,19 @@ def load_tile(
         c = col + tl.arange(0, COLS)[None, :]
         tile = tl.load(source + r.to(tl.int64) * stride + c, mask=(r < rows) & (c < cols), other=0.0)
     return tile
+
+
+@triton.jit
+def multiply(
+    acc, x, w, m, n, first, last, M, N, K, stride_x, stride_w,
+    TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``acc`` [BM, BN] plus X W^T: the rows from m of X [M, K], those from n of W [N, K], columns first to last."""
+    for k in range(first, last, BK):
+        x_tile = load_tile(x, m, k, M, K, stride_x, TMA, BM, BK)
+        w_tile = load_tile(w, n, k, N, K, stride_w, TMA, BN, BK)
+        acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit

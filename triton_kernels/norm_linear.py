@@ -12,7 +12,9 @@ the one and the same BN rows of the other against the same h, into two accumulat
 writes silu(gate) * up from registers. An unscaled tile then takes 2 BN neighbouring rows.
 
 Prefill, M > 16 (``norm_linear_prefill``): persistent programs own BM x BN tiles, chosen by the wave model; operands
-come by TMA from Hopper on. On Hopper the next tile's loads start under this tile's epilogue (flattened loop).
+come by TMA from Hopper on. On Hopper the next tile's loads start under this tile's epilogue (flattened loop). In the
+code compiled for sm_90, a K step's wgmma are in flight while the next step's operands are waited for (wait_group 1, or
+2 with a gate), and loads run further ahead. warp_specialize of Triton 3.7 leaves that code as it is.
     FLOPs  2 M n d
     Bytes  2 (M d + n d + M out)
     Floor  at M=4096, n=12288, d=2872, one H200 (780 TFLOP/s): 0.37 ms of MMA
@@ -36,7 +38,7 @@ from slicegpt_fast.counters import counters
 from slicegpt_fast.memory import rows, vector
 
 from .launch import arrives_last, fits_tma, gpu_of, launch, vector_width
-from .matmul import activate, add_in_order, load_tile, store_tile, tile_position
+from .matmul import SIZES, activate, add_in_order, load_tile, store_tile, tile_position
 from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
 
 
@@ -56,9 +58,35 @@ def locate(tile, out, unscaled, GATED: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def products(
+    h, w, sumsq, m, n, n_up, first, last, M, w_rows, K, stride_h, stride_w,
+    GATED: tl.constexpr, W_LEFT: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """h W^T of the two blocks of W over columns first to last, [BM, BN] or [BN, BM], and the sums of h^2 [BM]."""
+    acc = tl.zeros((BN, BM) if W_LEFT else (BM, BN), dtype=tl.float32)
+    up = tl.zeros(acc.shape, dtype=tl.float32)  # stays zero without a gate
+    square = tl.zeros((BM,), dtype=tl.float32)
+    for k in range(first, last, BK):
+        h_tile = load_tile(h, m, k, M, K, stride_h, TMA, BM, BK)
+        if sumsq is None:
+            square += tl.sum(h_tile.to(tl.float32) * h_tile.to(tl.float32), axis=1)
+        acc = multiply_tiles(acc, h_tile, load_tile(w, n, k, w_rows, K, stride_w, TMA, BN, BK), W_LEFT)
+        if GATED:
+            up = multiply_tiles(up, h_tile, load_tile(w, n_up, k, w_rows, K, stride_w, TMA, BN, BK), W_LEFT)
+    return acc, up, square
+
+
+@triton.jit
+def multiply_tiles(acc, h_tile, w_tile, W_LEFT: tl.constexpr):
+    """``acc`` plus h W^T, or plus W h^T."""
+    left, right = (w_tile, h_tile) if W_LEFT else (h_tile, w_tile)
+    return tl.dot(left, tl.trans(right), acc, input_precision="ieee")
+
+
+@triton.jit
 def finish(
     acc,  # [BM, BN] fp32
-    up,  # [BM, BN] fp32, of the second block of W, or None
+    up,  # [BM, BN] fp32, of the second block of W, with a gate
     square,  # [BM] fp32: sum of h^2
     rows,  # [BM]
     column,  # first column of y
@@ -82,21 +110,21 @@ def finish(
     value = acc * scale
     if bias is not None:
         value += tl.load(bias + columns, mask=columns < out, other=0.0).to(tl.float32)[None, :]
-    if up is None:
-        activated = activate(value, ACTIVATION)
-    else:
+    if ACTIVATION == "silu_gate":
         up *= scale
         if bias is not None:
             up += tl.load(bias + out + columns, mask=columns < out, other=0.0).to(tl.float32)[None, :]
         activated = activate(value, "silu") * up
         if UNSCALED:
             store_tile(y, rows, columns + BN, M, tl.where(inside, 0, end), stride_y, up)
+    else:
+        activated = activate(value, ACTIVATION)
     if UNSCALED:
         activated = tl.where(inside, activated, value)
     store_tile(y, rows, columns, M, end, stride_y, activated)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_linear_prefill(
     h,  # [M, K] pointer or descriptor of [BM, BK] blocks
     w,  # [n, K] pointer or descriptor of [BN, BK] blocks
@@ -122,11 +150,8 @@ def norm_linear_prefill(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    K = K * VEC
-    stride_h = stride_h * VEC
-    stride_w = stride_w * VEC
-    out = out * VEC_Y
-    unscaled = unscaled * VEC_Y
+    K, stride_h, stride_w = K * VEC, stride_h * VEC, stride_w * VEC
+    out, unscaled, stride_y = out * VEC_Y, unscaled * VEC_Y, stride_y * VEC_Y
     GATED: tl.constexpr = ACTIVATION == "silu_gate"
     w_rows = (2 * out if GATED else out) + unscaled
     tiles_m = tl.cdiv(M, BM)
@@ -136,28 +161,18 @@ def norm_linear_prefill(
         tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, 8)
         m = tile_m * BM
         n, n_up, column, end = locate(tile_n, out, unscaled, GATED, BN)
-        acc = tl.zeros((BM, BN), dtype=tl.float32)
-        up = tl.zeros((BM, BN), dtype=tl.float32) if GATED else None
-        square = tl.zeros((BM,), dtype=tl.float32)
-        for k in range(0, K, BK):
-            h_tile = load_tile(h, m, k, M, K, stride_h, TMA, BM, BK)
-            w_tile = load_tile(w, n, k, w_rows, K, stride_w, TMA, BN, BK)
-            if sumsq is None:
-                square += tl.sum(h_tile.to(tl.float32) * h_tile.to(tl.float32), axis=1)
-            acc = tl.dot(h_tile, tl.trans(w_tile), acc, input_precision="ieee")
-            if GATED:
-                up_tile = load_tile(w, n_up, k, w_rows, K, stride_w, TMA, BN, BK)
-                up = tl.dot(h_tile, tl.trans(up_tile), up, input_precision="ieee")
+        acc, up, square = products(
+            h, w, sumsq, m, n, n_up, 0, K, M, w_rows, K, stride_h, stride_w, GATED, False, TMA, BM, BN, BK
+        )
         rows = m + tl.arange(0, BM)
         if sumsq is not None:
             square = tl.load(sumsq + rows, mask=rows < M, other=1.0)
         finish(
-            acc, up, square, rows, column, end, bias, y, M, out, stride_y * VEC_Y, eps, inverse_width,
-            ACTIVATION, UNSCALED, BN,
-        )  # fmt: skip
+            acc, up, square, rows, column, end, bias, y, M, out, stride_y, eps, inverse_width, ACTIVATION, UNSCALED, BN
+        )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_linear_decode(
     h,  # [M, K], M <= BM
     w,  # [n, K]
@@ -186,11 +201,8 @@ def norm_linear_decode(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    K = K * VEC
-    stride_h = stride_h * VEC
-    stride_w = stride_w * VEC
-    out = out * VEC_Y
-    unscaled = unscaled * VEC_Y
+    K, stride_h, stride_w = K * VEC, stride_h * VEC, stride_w * VEC
+    out, unscaled, stride_y = out * VEC_Y, unscaled * VEC_Y, stride_y * VEC_Y
     GATED: tl.constexpr = ACTIVATION == "silu_gate"
     BLOCKS: tl.constexpr = 2 if GATED else 1
     w_rows = (2 * out if GATED else out) + unscaled
@@ -199,19 +211,11 @@ def norm_linear_decode(
     n, n_up, column, end = locate(tile, out, unscaled, GATED, BN)
     rows = tl.arange(0, BM)
 
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
-    up = tl.zeros((BN, BM), dtype=tl.float32) if GATED else None
-    square = tl.zeros((BM,), dtype=tl.float32)
     first = split * split_k
-    for k in range(first, tl.minimum(first + split_k, K), BK):
-        w_tile = load_tile(w, n, k, w_rows, K, stride_w, False, BN, BK)
-        h_tile = load_tile(h, 0, k, M, K, stride_h, False, BM, BK)
-        if sumsq is None:
-            square += tl.sum(h_tile.to(tl.float32) * h_tile.to(tl.float32), axis=1)
-        acc = tl.dot(w_tile, tl.trans(h_tile), acc, input_precision="ieee")
-        if GATED:
-            up_tile = load_tile(w, n_up, k, w_rows, K, stride_w, False, BN, BK)
-            up = tl.dot(up_tile, tl.trans(h_tile), up, input_precision="ieee")
+    last = tl.minimum(first + split_k, K)
+    acc, up, square = products(
+        h, w, sumsq, 0, n, n_up, first, last, M, w_rows, K, stride_h, stride_w, GATED, True, False, BM, BN, BK
+    )
 
     complete = True
     if SPLIT > 1:
@@ -232,9 +236,8 @@ def norm_linear_decode(
     if complete:
         if sumsq is not None:
             square = tl.load(sumsq + rows, mask=rows < M, other=1.0)
-        up_t = tl.trans(up) if GATED else None
         finish(
-            tl.trans(acc), up_t, square, rows, column, end, bias, y, M, out, stride_y * VEC_Y, eps, inverse_width,
+            tl.trans(acc), tl.trans(up), square, rows, column, end, bias, y, M, out, stride_y, eps, inverse_width,
             ACTIVATION, UNSCALED, BN,
         )  # fmt: skip
 
@@ -258,7 +261,7 @@ def norm_linear(
     y = torch.empty(M, out + unscaled, dtype=h.dtype, device=h.device)
     gpu = gpu_of(h.device)
     vec = vector_width(h, weight)
-    tile = tile or choose_tile(gpu, "norm_linear", h.dtype, M, N, K, vec > 1, activation)
+    tile = tile or choose_tile(gpu, "norm_linear", h.dtype, M, N, K, vec > 1, activation, bias is not None)
     block_n = tile.n // blocks
     tiles_n = triton.cdiv(out, block_n) + triton.cdiv(unscaled, tile.n)
     vec_y = 16 // y.element_size()

@@ -11,7 +11,10 @@ The shortcut decides the second operand pair and the residual: absent (add h), d
 and add h). A pair costs no kernel and no pass over memory of its own. The next norm needs sum(h'^2) of the *rounded*
 h': every tile leaves its rows' sums in a workspace, and the last tile of a block of rows to arrive adds them in order.
 
+W2 is read as it lies in a model, [n, K2]: the weight of a linear layer, of which the shortcut is the transposed view.
+
 Prefill, M > 16 (``residual_linear_prefill``): persistent programs own BM x BN tiles; operands by TMA from Hopper on.
+The accumulator starts from b and h. As compiled for sm_90, wgmma and loads overlap as in ``norm_linear``, pair by pair.
     FLOPs  2 M n (k + K2)
     Bytes  2 (M k + n k + M K2 + n K2 + M n), and 2 M n more where h is added
     Floor  at M=4096, n=2872, k=11008, dense S, one H200 (780 TFLOP/s): 0.42 ms of MMA
@@ -35,43 +38,45 @@ from slicegpt_fast.counters import counters
 from slicegpt_fast.memory import rows, vector
 
 from .launch import arrives_last, fits_tma, gpu_of, launch, vector_width
-from .matmul import add_in_order, load_tile, store_tile, tile_position
+from .matmul import SIZES, add_in_order, multiply, store_tile, tile_position
 from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
 
 
 @triton.jit
-def finish(
+def add_terms(
     acc,  # [BM, BN] fp32
     rows,  # [BM]
-    n,
+    columns,  # [BN]
     bias,  # [N] or None
     residual,  # [M, N] or None
-    y,  # [M, N]
     M,
     N,
     stride_residual,
-    stride_y,
-    BN: tl.constexpr,
-):  # -> [BM] fp32
-    """The epilogue: bias, residual, rounding and store; returns the sums of squares of what was stored."""
-    columns = n + tl.arange(0, BN)
+):
+    """``acc`` plus the bias and the residual."""
     if bias is not None:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if residual is not None:
         pointers = residual + rows.to(tl.int64)[:, None] * stride_residual + columns[None, :]
         acc += tl.load(pointers, mask=(rows < M)[:, None] & (columns < N)[None, :], other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def finish(acc, rows, columns, y, M, N, stride_y):  # -> [BM] fp32
+    """Rounds and stores; returns the sums of squares of what was stored."""
     rounded = acc.to(y.dtype.element_ty)
     store_tile(y, rows, columns, M, N, stride_y, rounded)
     rounded = rounded.to(tl.float32)
     return tl.sum(rounded * rounded, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def residual_linear_prefill(
     a,  # [M, K] pointer or descriptor of [BM, BK] blocks
     w,  # [N, K] pointer or descriptor of [BN, BK] blocks
     a2,  # [M, K2] likewise, or None
-    w2,  # [K2, N] pointer or descriptor of [BK, BN] blocks, or None
+    w2,  # [N, K2] likewise
     bias,  # [N] or None
     residual,  # [M, N] or None
     y,  # [M, N]
@@ -94,36 +99,33 @@ def residual_linear_prefill(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    N = N * VEC
+    N, K, K2 = N * VEC, K * VEC, K2 * VEC
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, 8)
         m = tile_m * BM
         n = tile_n * BN
-        acc = tl.zeros((BM, BN), dtype=tl.float32)
-        for k in range(0, K * VEC, BK):
-            a_tile = load_tile(a, m, k, M, K * VEC, stride_a * VEC, TMA, BM, BK)
-            w_tile = load_tile(w, n, k, N, K * VEC, stride_w * VEC, TMA, BN, BK)
-            acc = tl.dot(a_tile, tl.trans(w_tile), acc, input_precision="ieee")
-        if a2 is not None:
-            for k in range(0, K2 * VEC, BK):
-                a2_tile = load_tile(a2, m, k, M, K2 * VEC, stride_a2 * VEC, TMA, BM, BK)
-                w2_tile = load_tile(w2, k, n, K2 * VEC, N, stride_w2 * VEC, TMA, BK, BN)
-                acc = tl.dot(a2_tile, w2_tile, acc, input_precision="ieee")
         rows = m + tl.arange(0, BM)
-        square = finish(acc, rows, n, bias, residual, y, M, N, stride_residual * VEC, stride_y * VEC, BN)
+        columns = n + tl.arange(0, BN)
+        # They come first: behind the products they would take registers beside a full accumulator.
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        acc = add_terms(acc, rows, columns, bias, residual, M, N, stride_residual * VEC)
+        acc = multiply(acc, a, w, m, n, 0, K, M, N, K, stride_a * VEC, stride_w * VEC, TMA, BM, BN, BK)
+        if a2 is not None:
+            acc = multiply(acc, a2, w2, m, n, 0, K2, M, N, K2, stride_a2 * VEC, stride_w2 * VEC, TMA, BM, BN, BK)
+        square = finish(acc, rows, columns, y, M, N, stride_y * VEC)
         tl.store(partial + tile_n.to(tl.int64) * M + rows, square, mask=rows < M)
         if arrives_last(counter + tile_m, tiles_n):
             tl.store(sumsq + rows, add_in_order(partial, rows, rows < M, tiles_n, M), mask=rows < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def residual_linear_decode(
     a,  # [M, K], M <= BM
     w,  # [N, K]
     a2,  # [M, K2] or None
-    w2,  # [K2, N] or None
+    w2,  # [N, K2] or None
     bias,
     residual,
     y,
@@ -149,21 +151,17 @@ def residual_linear_decode(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    N = N * VEC
+    N, K, K2 = N * VEC, K * VEC, K2 * VEC
     tile = tl.program_id(0)
     split = tl.program_id(1)
     n = tile * BN
     rows = tl.arange(0, BM)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for k in range(split * split_k, tl.minimum((split + 1) * split_k, K * VEC), BK):
-        w_tile = load_tile(w, n, k, N, K * VEC, stride_w * VEC, False, BN, BK)
-        a_tile = load_tile(a, 0, k, M, K * VEC, stride_a * VEC, False, BM, BK)
-        acc = tl.dot(w_tile, tl.trans(a_tile), acc, input_precision="ieee")
+    last = tl.minimum((split + 1) * split_k, K)
+    acc = multiply(acc, w, a, n, 0, split * split_k, last, N, M, K, stride_w * VEC, stride_a * VEC, False, BN, BM, BK)
     if a2 is not None:
-        for k in range(split * split_k2, tl.minimum((split + 1) * split_k2, K2 * VEC), BK):
-            w2_tile = load_tile(w2, k, n, K2 * VEC, N, stride_w2 * VEC, False, BK, BN)
-            a2_tile = load_tile(a2, 0, k, M, K2 * VEC, stride_a2 * VEC, False, BM, BK)
-            acc = tl.dot(tl.trans(w2_tile), tl.trans(a2_tile), acc, input_precision="ieee")
+        first, last = split * split_k2, tl.minimum((split + 1) * split_k2, K2)
+        acc = multiply(acc, w2, a2, n, 0, first, last, N, M, K2, stride_w2 * VEC, stride_a2 * VEC, False, BN, BM, BK)
 
     complete = True
     if SPLIT > 1:
@@ -174,7 +172,9 @@ def residual_linear_decode(
         if complete:
             acc = add_in_order(tile_shares, cells, None, SPLIT, BN * BM)
     if complete:
-        square = finish(tl.trans(acc), rows, n, bias, residual, y, M, N, stride_residual * VEC, stride_y * VEC, BN)
+        columns = n + tl.arange(0, BN)
+        whole = add_terms(tl.trans(acc), rows, columns, bias, residual, M, N, stride_residual * VEC)
+        square = finish(whole, rows, columns, y, M, N, stride_y * VEC)
         tl.store(partial + tile * BM + rows, square)
         if arrives_last(counter, tl.num_programs(0)):
             tl.store(sumsq + rows, add_in_order(partial, rows, None, tl.num_programs(0), BM), mask=rows < M)
@@ -191,17 +191,18 @@ def residual_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``a W^T + b + residual + a2 W2`` and its row sums of squares; ``tile`` overrules the choice."""
     a, weight, residual, bias = rows(a), rows(weight), rows(residual), vector(bias)
-    a2, weight2 = (None, None) if a2 is None or a2.shape[1] == 0 else (rows(a2), rows(weight2))
+    # W2 as it lies in a model, the transposed view of a linear layer's weight; any other is copied.
+    a2, w2 = (None, None) if a2 is None or weight2 is None or a2.shape[1] == 0 else (rows(a2), rows(weight2.T))
     (M, K), N = a.shape, weight.shape[0]
     K2 = 0 if a2 is None else a2.shape[1]
     y = torch.empty(M, N, dtype=a.dtype, device=a.device)
     sumsq = torch.empty(M, dtype=torch.float32, device=a.device)
     gpu = gpu_of(a.device)
     shortcut = "dense" if residual is None else "add" if a2 is None else "low rank"
-    vec = vector_width(a, weight, a2, weight2, residual, y)
-    tile = tile or choose_tile(gpu, "residual_linear", a.dtype, M, N, K + K2, vec > 1, shortcut)
+    vec = vector_width(a, weight, a2, w2, residual, y)
+    tile = tile or choose_tile(gpu, "residual_linear", a.dtype, M, N, K + K2, vec > 1, shortcut, bias is not None)
     tiles_m, tiles_n = triton.cdiv(M, tile.m), triton.cdiv(N, tile.n)
-    strides = [0 if x is None else x.stride(0) // vec for x in (a, weight, a2, weight2, residual, y)]
+    strides = [0 if x is None else x.stride(0) // vec for x in (a, weight, a2, w2, residual, y)]
     sizes = (M, N // vec, K // vec, K2 // vec, *strides)
 
     if M <= DECODE_ROWS:
@@ -211,14 +212,14 @@ def residual_linear(
         partial = torch.empty(tiles_n * tile.m, device=a.device)
         launch(
             residual_linear_decode, (tiles_n, split), a.device,
-            a, weight, a2, weight2, bias, residual, y, shares, partial, sumsq, counters(tiles_n + 1, a.device),
+            a, weight, a2, w2, bias, residual, y, shares, partial, sumsq, counters(tiles_n + 1, a.device),
             *sizes, split_k, split_k2, SPLIT=split, VEC=vec, **tile.meta(),
         )  # fmt: skip
         return y, sumsq
 
-    tma = gpu.has_tma and fits_tma(a, weight, a2, weight2)
-    blocks = ((a, (tile.m, tile.k)), (weight, (tile.n, tile.k)), (a2, (tile.m, tile.k)), (weight2, (tile.k, tile.n)))
-    operands = [TensorDescriptor.from_tensor(x, list(b)) if tma and x is not None else x for x, b in blocks]
+    tma = gpu.has_tma and fits_tma(a, weight, a2, w2)
+    blocks = ((a, tile.m), (weight, tile.n), (a2, tile.m), (w2, tile.n))
+    operands = [TensorDescriptor.from_tensor(x, [b, tile.k]) if tma and x is not None else x for x, b in blocks]
     partial = torch.empty(tiles_n * M, device=a.device)
     launch(
         residual_linear_prefill, (min(tiles_m * tiles_n, programs(gpu, tile, a.element_size())),), a.device,

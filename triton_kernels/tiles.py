@@ -15,20 +15,17 @@ For Llama-2-7B's residual stream (n = d, K = 4096 + d) on 132 SMs the model take
 
 and at least 0.94 for QKV and gate/up. Triton's blocks are powers of two: at M=2048, d=2872 one of 192 would fill 0.91.
 
-Measured choices are JSON, keyed on GPU name, op and shape bucket: ``tuned.json`` beside this file, then the user's
-own file (``$XDG_CACHE_HOME/slicegpt-fast/tuned.json``), which `slicegpt-fast tune` writes and which wins.
+Measured choices are those of `slicegpt-fast tune` (``slicegpt_fast.tuned``). Nothing is ever timed during a call.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import torch
+
+from slicegpt_fast import tuned
 
 from .launch import Gpu
 
@@ -61,17 +58,19 @@ class Rates:
 # Keyed on the major compute capability.
 RATES = {8: Rates(2048, 40), 9: Rates(4096, 40), 10: Rates(8192, 64)}
 TILES = {
-    8: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4)),
+    8: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
     9: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 5)),
-    10: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
+    10: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 5)),
 }
 # Keyed on the blocks of W in a tile, two with a gate: an MMA takes 64 rows of W on its left, so a block has no fewer.
 DECODE_TILES = {1: (Tile(16, 64, 128, 4, 4), Tile(16, 128, 64, 4, 4)), 2: (Tile(16, 128, 64, 4, 4),)}
 # For fp32, which runs on the FMA units, and for rows that are not 16-byte aligned, which load element by element.
-SMALL_TILES = (Tile(64, 64, 32, 4, 3),)
+SMALL_TILES = (Tile(64, 64, 32, 8, 3),)
 SMALL_DECODE_TILES = {1: (Tile(16, 64, 64, 4, 3),), 2: (Tile(16, 128, 32, 4, 3),)}
-# Epilogues that need registers (erf, the gate, the added residual): at most 64 accumulators per thread then.
-HEAVY_EPILOGUES = {8: ("gelu",), 9: ("gelu", "low rank"), 10: ("gelu", "silu_gate", "add", "low rank")}
+# Epilogues that need registers, and some that do with a bias: at most 64 accumulators per thread then.
+HEAVY_EPILOGUES = {8: (), 9: ("gelu", "silu_gate + bias", "low rank + bias"), 10: ("gelu", "silu_gate + bias")}
+SM_REGISTERS = 65536
+OTHER_REGISTERS = 112  # per thread, beside the accumulators: as compiled for sm_80, where there are most
 TILE_OVERHEAD = 2000  # clocks to fill the pipeline and write a tile out
 
 
@@ -80,7 +79,9 @@ def generation(gpu: Gpu) -> int:
     return max((major for major in TILES if major <= gpu.capability[0]), default=min(TILES))
 
 
-def tiles_for(gpu: Gpu, dtype: torch.dtype, m: int, aligned: bool, epilogue: str | None) -> tuple[Tile, ...]:
+def tiles_for(
+    gpu: Gpu, dtype: torch.dtype, m: int, aligned: bool, epilogue: str | None, bias: bool = False
+) -> tuple[Tile, ...]:
     """Every tile that may be used for ``m`` rows on ``gpu``.
 
     ``aligned``: rows load in vectors of 16 bytes. ``epilogue``: the activation, or the kind of shortcut.
@@ -89,14 +90,17 @@ def tiles_for(gpu: Gpu, dtype: torch.dtype, m: int, aligned: bool, epilogue: str
     if m <= DECODE_ROWS:
         return (DECODE_TILES if large else SMALL_DECODE_TILES)[2 if epilogue == "silu_gate" else 1]
     tiles = TILES[generation(gpu)] if large else SMALL_TILES
-    most = 64 if epilogue in HEAVY_EPILOGUES[generation(gpu)] else 128
+    kinds = {epilogue, f"{epilogue} + bias"} if bias else {epilogue}
+    most = 128 if kinds.isdisjoint(HEAVY_EPILOGUES[generation(gpu)]) else 64
     return tuple(tile for tile in tiles if tile.m * tile.n <= most * 32 * tile.warps)
 
 
 def programs(gpu: Gpu, tile: Tile, element_size: int) -> int:
-    """Programs with this tile that ``gpu`` runs at once: one per SM, or two where their operand buffers fit."""
+    """Programs with this tile that ``gpu`` runs at once: one per SM, or two where buffers and registers let it."""
     buffers = tile.stages * (tile.m + tile.n) * tile.k * element_size
-    return gpu.sms * max(1, min(2, gpu.shared_memory // buffers))
+    threads = 32 * tile.warps
+    registers = tile.m * tile.n + OTHER_REGISTERS * threads
+    return gpu.sms * max(1, min(2, gpu.shared_memory // buffers, SM_REGISTERS // registers))
 
 
 @lru_cache(maxsize=4096)
@@ -122,53 +126,12 @@ def clocks(gpu: Gpu, tile: Tile, m: int, n: int, k: int) -> float:
     return waves * (-(-k // tile.k) * step + TILE_OVERHEAD)
 
 
-def bucket(dtype: torch.dtype, m: int, n: int, k: int) -> str:
-    """Key of a shape in the tuning tables: M rounded up to a power of two, the widths as they are."""
-    rows = max(DECODE_ROWS, 1 << (m - 1).bit_length())
-    return f"{str(dtype).removeprefix('torch.')} M<={rows} N={n} K={k}"
-
-
 @lru_cache(maxsize=4096)
 def choose_tile(
-    gpu: Gpu, op: str, dtype: torch.dtype, m: int, n: int, k: int, aligned: bool, epilogue: str | None
+    gpu: Gpu, op: str, dtype: torch.dtype, m: int, n: int, k: int, aligned: bool, epilogue: str | None, bias: bool
 ) -> Tile:
     """The measured tile for this shape where there is one, else the first for decode, else the wave model's choice."""
-    allowed = tiles_for(gpu, dtype, m, aligned, epilogue)
-    measured = tuned(gpu, op, bucket(dtype, m, n, k))
-    if measured is not None and Tile(**measured["tile"]) in allowed:
-        return Tile(**measured["tile"])
-    return allowed[0] if m <= DECODE_ROWS else min(allowed, key=lambda tile: clocks(gpu, tile, m, n, k))
-
-
-def user_table() -> Path:
-    """Where `slicegpt-fast tune` keeps what it measured on this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slicegpt-fast" / "tuned.json"
-
-
-@lru_cache
-def _tables() -> tuple[dict[str, Any], ...]:
-    files = (user_table(), Path(__file__).with_name("tuned.json"))
-    return tuple(json.loads(file.read_text()) for file in files if file.is_file())
-
-
-def tuned(gpu: Gpu, op: str, shape_bucket: str) -> dict[str, Any] | None:
-    """What was measured for this bucket: ``kernel_us`` with the best ``tile``, and torch's ``reference_us``."""
-    for table in _tables():
-        entry = table.get(gpu.name, {}).get(op, {}).get(shape_bucket)
-        if entry is not None:
-            return entry
-    return None
-
-
-def record(gpu: Gpu, op: str, shape_bucket: str, tile: Tile, kernel_us: float, reference_us: float) -> None:
-    """Adds a measurement to the user's table, written beside it and renamed."""
-    path = user_table()
-    table = json.loads(path.read_text()) if path.is_file() else {}
-    entry = {"tile": asdict(tile), "kernel_us": round(kernel_us, 2), "reference_us": round(reference_us, 2)}
-    table.setdefault(gpu.name, {}).setdefault(op, {})[shape_bucket] = entry
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    beside.replace(path)
-    _tables.cache_clear()
-    choose_tile.cache_clear()
+    allowed = tiles_for(gpu, dtype, m, aligned, epilogue, bias)
+    measured = tuned.lookup(gpu.name, op, tuned.bucket(dtype, (m, n, k), epilogue))
+    best = [] if measured is None else [tile for tile in allowed if asdict(tile) == measured.tile]
+    return best[0] if best else allowed[0] if m <= DECODE_ROWS else min(allowed, key=lambda t: clocks(gpu, t, m, n, k))

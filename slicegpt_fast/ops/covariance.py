@@ -68,7 +68,8 @@ def check(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None)
 
 def request(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> Request:
     N, D = x.shape
-    return Request("covariance_", x.device, x.dtype, "tall", (D, D, N))
+    epilogue = None if row_scale is None else "row scale"
+    return Request("covariance_", x.device, x.dtype, "tall", (N, D, D), epilogue)
 
 
 def _triton(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> None:

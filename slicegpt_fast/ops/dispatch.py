@@ -1,9 +1,9 @@
 """Which backend runs an op, and the registration that the three ops share.
 
 The backend of a call is the first of: its ``backend`` argument, the innermost ``use_backend`` block, the environment
-variable ``SLICEGPT_FAST_BACKEND``, ``"auto"``. ``auto`` reads the table AUTO from the top and takes the first row
-that fits and whose backend can run the call. A Triton row counts for the shapes that a tuning table found it faster at
-than torch; the shipped table is empty until somebody has measured on a GPU.
+variable ``SLICEGPT_FAST_BACKEND``, ``"auto"``. ``auto`` takes the row of the table AUTO that fits. On a CPU the row
+names a kernel. On a GPU it names candidates: `slicegpt-fast tune` measures them and the reference shape by shape, the
+fastest runs, and what has not been measured runs on the reference. ``slicegpt_fast.tuned`` keeps the measurements.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from slicegpt_fast import tuned
 from slicegpt_fast.errors import InputError
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -41,24 +42,36 @@ class Request:
     device: torch.device
     dtype: torch.dtype
     regime: str  # "tall" for covariance_; "decode" (M <= 16) or "prefill" for the matmuls
-    shape: tuple[int, int, int]  # M, N, K of the matmul
+    shape: tuple[int, int, int]  # rows of the input, then N and K of the matmul; for covariance_ D and D
+    epilogue: str | None = None  # the activation; the kind of shortcut: "add", "dense", "low rank"; "row scale"
 
     @property
     def capability(self) -> tuple[int, int]:
         return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
 
 
+def regime_of(op: str, rows: int) -> str:
+    """The regime of a call with an input of that many rows."""
+    return "tall" if op == "covariance_" else "decode" if rows <= DECODE_ROWS else "prefill"
+
+
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table: calls that match all the columns go to ``backend``."""
+    """One row of the table: calls that match all the columns go to the first backend that can run them, or to the
+    fastest."""
 
     op: str
     device: str
     capability: tuple[int, int]  # the lowest
     dtypes: tuple[torch.dtype, ...]  # () for any
     regime: str
-    backend: str
+    backends: tuple[str, ...]
     why: str
+
+    @property
+    def measured(self) -> bool:
+        """True where measurements choose among the backends and the reference."""
+        return self.device == "cuda"
 
     def fits(self, request: Request) -> bool:
         return (
@@ -70,17 +83,18 @@ class Rule:
         )
 
 
+KERNELS = ("triton", "cuda")
 AUTO = (
-    Rule("covariance_", "cuda", (8, 0), HALF, "tall", "triton", "half the FLOPs of a full matmul; where tuned"),
-    Rule("norm_linear", "cuda", (8, 0), HALF, "decode", "triton", "one pass over the weight; where tuned"),
-    Rule("norm_linear", "cuda", (8, 0), HALF, "prefill", "triton", "no norm kernel; where tuned"),
-    Rule("residual_linear", "cuda", (8, 0), HALF, "decode", "triton", "one pass over the weights; where tuned"),
-    Rule("residual_linear", "cuda", (8, 0), HALF, "prefill", "triton", "no add kernel; where tuned"),
-    Rule("covariance_", "cpu", (0, 0), (), "tall", "cpu", "half the FLOPs of a full matmul"),
-    Rule("norm_linear", "cpu", (0, 0), (), "decode", "cpu", "one pass over the weight"),
-    Rule("norm_linear", "cpu", (0, 0), HALF[:1], "prefill", "cpu", "torch's fp16 matmul is slow"),
-    Rule("residual_linear", "cpu", (0, 0), (), "decode", "cpu", "one pass over the weights"),
-    Rule("residual_linear", "cpu", (0, 0), HALF[:1], "prefill", "cpu", "torch's fp16 matmul is slow"),
+    Rule("covariance_", "cuda", (8, 0), HALF, "tall", KERNELS, "half the FLOPs of a full matmul"),
+    Rule("norm_linear", "cuda", (8, 0), HALF, "decode", KERNELS, "one pass over the weight"),
+    Rule("norm_linear", "cuda", (8, 0), HALF, "prefill", KERNELS, "no norm kernel"),
+    Rule("residual_linear", "cuda", (8, 0), HALF, "decode", KERNELS, "one pass over the weights"),
+    Rule("residual_linear", "cuda", (8, 0), HALF, "prefill", KERNELS, "no add kernel"),
+    Rule("covariance_", "cpu", (0, 0), (), "tall", ("cpu",), "half the FLOPs of a full matmul"),
+    Rule("norm_linear", "cpu", (0, 0), (), "decode", ("cpu",), "one pass over the weight"),
+    Rule("norm_linear", "cpu", (0, 0), HALF[:1], "prefill", ("cpu",), "torch's fp16 matmul is slow"),
+    Rule("residual_linear", "cpu", (0, 0), (), "decode", ("cpu",), "one pass over the weights"),
+    Rule("residual_linear", "cpu", (0, 0), HALF[:1], "prefill", ("cpu",), "torch's fp16 matmul is slow"),
 )  # what no row takes goes to "reference"
 
 
@@ -190,16 +204,21 @@ class Op:
             InputError: a backend asked for by name does not exist here or cannot run the request.
         """
         if backend == "auto":
-            for rule in AUTO:
-                if rule.fits(request) and self._refusal(rule.backend, request) is None:
-                    return rule.backend if rule.backend != "triton" or _measured_faster(request) else "reference"
-            return "reference"
-        refusal = self._refusal(backend, request)
+            rule = next((rule for rule in AUTO if rule.fits(request)), None)
+            able = [] if rule is None else [name for name in rule.backends if self.refusal(name, request) is None]
+            able.append("reference")
+            return _fastest(request, able) if rule is not None and rule.measured else able[0]
+        refusal = self.refusal(backend, request)
         if refusal is not None:
             raise InputError(f"backend {backend!r} cannot run {self.name}: {refusal}; use backend='auto'.")
         return backend
 
-    def _refusal(self, backend: str, request: Request) -> str | None:
+    def forget(self) -> None:
+        """Lets the next call of each shape choose its backend again."""
+        self._plans.clear()
+
+    def refusal(self, backend: str, request: Request) -> str | None:
+        """Why ``backend`` cannot run ``request``, or None."""
         known = self.backends.get(backend)
         return "it is not part of this installation" if known is None else known.refuses(request)
 
@@ -228,13 +247,13 @@ def triton_refuses(request: Request) -> str | None:
     return None
 
 
-def _measured_faster(request: Request) -> bool:
-    """True where a tuning table holds a measurement of this shape that the Triton kernel won against torch."""
-    from slicegpt_fast.triton_kernels.launch import gpu_of
-    from slicegpt_fast.triton_kernels.tiles import bucket, tuned
-
-    measured = tuned(gpu_of(request.device), request.op, bucket(request.dtype, *request.shape))
-    return measured is not None and measured["kernel_us"] < measured["reference_us"]
+def _fastest(request: Request, able: list[str]) -> str:
+    """The backend that was measured to be the fastest of ``able``; where the reference was not measured, that."""
+    device = tuned.gpu_name(request.device)
+    measured = tuned.lookup(device, request.op, tuned.bucket(request.dtype, request.shape, request.epilogue))
+    if measured is None or "reference" not in measured.us:
+        return "reference"
+    return min((name for name in able if name in measured.us), key=measured.us.__getitem__)
 
 
 def require(condition: bool, message: str) -> None:
@@ -268,18 +287,25 @@ def _check_kind(name: str, x: Tensor, dtype: torch.dtype | None, device: torch.d
 
 
 def kernel_table() -> list[dict[str, str]]:
-    """The rows of ``auto``, in order, each with whether its backend is there: what `info --kernels` prints."""
-    rows = []
-    for rule in AUTO:
-        offered = rule.backend in OPS[rule.op].backends and (rule.device != "cuda" or torch.cuda.is_available())
-        rows.append(
-            {
-                "op": rule.op,
-                "device": rule.device if rule.device == "cpu" else "cuda >= {}.{}".format(*rule.capability),
-                "dtypes": ", ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes) or "any",
-                "regime": rule.regime,
-                "backend": rule.backend if offered else "reference",
-                "why": rule.why if offered else f"{rule.backend} is not available here",
-            }
-        )
-    return rows
+    """The rows of ``auto``, in order, each with what serves it here: what `info --kernels` prints."""
+    return [
+        {
+            "op": rule.op,
+            "device": rule.device if rule.device == "cpu" else "cuda >= {}.{}".format(*rule.capability),
+            "dtypes": ", ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes) or "any",
+            "regime": rule.regime,
+            "backend": f"fastest of {', '.join(rule.backends)}, reference" if rule.measured else rule.backends[0],
+            "why": f"{rule.why}; {_tuned_here(rule)}" if rule.measured else rule.why,
+        }
+        for rule in AUTO
+    ]
+
+
+def _tuned_here(rule: Rule) -> str:
+    """What is measured on this machine's GPU of the calls that ``rule`` is for."""
+    if not torch.cuda.is_available():
+        return "reference: there is no CUDA device here"
+    keys = tuned.buckets(tuned.gpu_name(torch.device("cuda", torch.cuda.current_device())), rule.op)
+    decode = f"M<={DECODE_ROWS} "
+    count = sum(rule.regime == "tall" or (decode in key) == (rule.regime == "decode") for key in keys)
+    return f"measured at {count} shapes, reference at all others" if count else "reference until `slicegpt-fast tune`"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt_fast.ops import cpu, cuda
-from slicegpt_fast.ops.dispatch import DECODE_ROWS, Op, Request, check_matrix, check_vector, require, triton_refuses
+from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, regime_of, require, triton_refuses
 
 ACTIVATIONS = {
     None: lambda y: y,
@@ -123,9 +123,19 @@ def fake(
     return h.new_empty(h.shape[0], (scaled // 2 if activation == "silu_gate" else scaled) + unscaled)
 
 
-def request(h: Tensor, weight: Tensor, *others: Any) -> Request:
-    regime = "decode" if h.shape[0] <= DECODE_ROWS else "prefill"
-    return Request("norm_linear", h.device, h.dtype, regime, (h.shape[0], weight.shape[0], weight.shape[1]))
+def request(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    full_width: int,
+    sumsq: Tensor | None,
+    activation: str | None,
+    unscaled: int,
+) -> Request:
+    return Request(
+        "norm_linear", h.device, h.dtype, regime_of("norm_linear", h.shape[0]), (h.shape[0], *weight.shape), activation
+    )
 
 
 def _triton(h: Tensor, weight: Tensor, *others: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slicegpt_fast.ops import cpu, cuda
-from slicegpt_fast.ops.dispatch import DECODE_ROWS, Op, Request, check_matrix, check_vector, require, triton_refuses
+from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, regime_of, require, triton_refuses
 
 
 def residual_linear(
@@ -29,7 +29,8 @@ def residual_linear(
         bias: [n] or None, same dtype.
         h: the residual stream: [M, d] with a dense shortcut, else [M, n]. Same dtype.
         shortcut: None: h itself. S [d, n]: ``h @ S``. A pair (t [M, r], V [r, n]): ``h + t @ V``, a low-rank shortcut
-            where t = h @ U came from the unscaled columns of the ``norm_linear`` before.
+            where t = h @ U came from the unscaled columns of the ``norm_linear`` before. Best passed as the transposed
+            view of a linear layer's weight, which is what a model holds: Triton's kernels copy any other layout.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -97,9 +98,16 @@ def fake(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def request(
     a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
 ) -> Request:
-    regime = "decode" if a.shape[0] <= DECODE_ROWS else "prefill"
     K = a.shape[1] + (0 if a2 is None else a2.shape[1])
-    return Request("residual_linear", a.device, a.dtype, regime, (a.shape[0], weight.shape[0], K))
+    shortcut = "dense" if residual is None else "add" if a2 is None else "low rank"
+    return Request(
+        "residual_linear",
+        a.device,
+        a.dtype,
+        regime_of("residual_linear", a.shape[0]),
+        (a.shape[0], weight.shape[0], K),
+        shortcut,
+    )
 
 
 def _triton(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

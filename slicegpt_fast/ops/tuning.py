@@ -1,90 +1,137 @@
-"""Measuring tiles on this machine's GPU, for the user's tuning table."""
+"""Measuring what serves each shape on this machine's GPU, for the user's tuning table (``slicegpt_fast.tuned``)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from slicegpt_fast import tuned
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.ops.norm_linear import reference as norm_linear_reference
-from slicegpt_fast.ops.residual_linear import reference as residual_linear_reference
+from slicegpt_fast.ops.dispatch import OPS, Request, regime_of
 
 
 class Shape(NamedTuple):
-    """One matmul of a sliced block: [M, K] by [N, K]."""
+    """A call of an op: [m, k] by [n, k], or covariance_ of [m, n]."""
 
-    op: str  # "norm_linear" or "residual_linear"
+    op: str
     m: int
     n: int
     k: int
+    epilogue: str | None = None  # as in Request
 
 
 class Measured(NamedTuple):
-    """What one shape came to, in microseconds: the best tile of the kernel, and torch."""
+    """What one shape came to: microseconds of each backend that can run it, the fastest first."""
 
     shape: Shape
-    kernel_us: float
-    reference_us: float
+    us: dict[str, float]
 
 
-def block_shapes(width: int, attention: int, key_value: int, intermediate: int, rows: Iterable[int]) -> list[Shape]:
-    """The four matmuls of a gated decoder block with dense shortcuts.
+def block_shapes(
+    width: int, attention: int, key_value: int, intermediate: int, rows: Iterable[int], rank: int = 64
+) -> list[Shape]:
+    """The matmuls of a gated decoder block, with each kind of shortcut.
 
     Args:
         width: d, the kept size of the residual stream.
         attention: heads * head_dim. key_value: key/value heads * head_dim. intermediate: width of the gated MLP.
         rows: values of M (tokens in a call) to measure.
+        rank: of the low-rank shortcut.
     """
+    readers = ((attention + 2 * key_value, None), (2 * intermediate, "silu_gate"))
+    shortcuts = (("dense", width), ("low rank", rank), ("add", 0))
     return [
         shape
         for m in rows
         for shape in (
-            Shape("norm_linear", m, attention + 2 * key_value, width),
-            Shape("residual_linear", m, width, attention + width),
-            Shape("norm_linear", m, 2 * intermediate, width),
-            Shape("residual_linear", m, width, intermediate + width),
+            *(Shape("norm_linear", m, n, width, activation) for n, activation in readers),
+            *(Shape("residual_linear", m, width, k + k2, s) for k in (attention, intermediate) for s, k2 in shortcuts),
         )
     ]
 
 
 def tune(shapes: Iterable[Shape], dtype: torch.dtype) -> Iterator[Measured]:
-    """Measures every tile and torch on each shape and records the best tile in the user's table; yields each result.
+    """Measures every backend on each shape, Triton's with every tile, into the user's table; yields each result.
 
     Raises:
-        InputError: there is no CUDA device, or the kernels do not run on it in this dtype.
+        InputError: there is no CUDA device.
     """
-    if not torch.cuda.is_available():
-        raise InputError("there is no CUDA device to tune for; run tune on a machine with a GPU.")
+    device = _device()
+    from slicegpt_fast.triton_kernels.tiles import choose_tile
+
+    for shape in dict.fromkeys(shapes):
+        op, regime = OPS[shape.op], regime_of(shape.op, shape.m)
+        request = Request(shape.op, device, dtype, regime, (shape.m, shape.n, shape.k), shape.epilogue)
+        arguments = operands(request)
+        us, tile = {}, None
+        for name, backend in op.backends.items():
+            if op.refusal(name, request) is None:
+                times = {t: microseconds(run) for t, run in _candidates(name, request, backend.run, arguments)}
+                best = min(times, key=times.__getitem__)
+                us[name], tile = round(times[best], 2), best or tile
+        entry = tuned.Measured(us, None if tile is None else asdict(tile))
+        tuned.record(tuned.gpu_name(device), shape.op, tuned.bucket(dtype, request.shape, shape.epilogue), entry)
+        op.forget()
+        choose_tile.cache_clear()
+        yield Measured(shape, dict(sorted(us.items(), key=lambda item: item[1])))
+
+
+def operands(request: Request) -> tuple[Any, ...]:
+    """Random arguments of the op that make it ask for ``request``, as the layers of a patched model would."""
+    m, n, k = request.shape
+    epilogue, device = request.epilogue, request.device
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(request.dtype)
+
+    if request.op == "covariance_":
+        row_scale = torch.rand(m, device=device) + 0.5 if epilogue == "row scale" else None
+        return torch.zeros(n, n, dtype=torch.float64, device=device), random(m, n), row_scale, None
+    if request.op == "norm_linear":
+        unscaled = n % 2  # a gate needs pairs of rows
+        return random(m, k), random(n, k), None, 1e-5, k, torch.full((m,), float(k), device=device), epilogue, unscaled
+    # How K divides between the layer and the shortcut matters little.
+    k2 = {"add": 0, "dense": n, "low rank": 64}[epilogue or "add"]
+    k2 = k2 if k2 < k else k // 2
+    residual = None if epilogue == "dense" else random(m, n)
+    shortcut = (random(m, k2), random(n, k2).T) if k2 else (None, None)
+    return random(m, k - k2), random(n, k - k2), None, residual, *shortcut
+
+
+def microseconds(run: Callable[[], Any]) -> float:
+    """The median time of ``run`` on the GPU, with a cold cache; infinite where the GPU cannot hold its tile."""
+    from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
-    from slicegpt_fast.triton_kernels import norm_linear as norm_kernels
-    from slicegpt_fast.triton_kernels import residual_linear as residual_kernels
-    from slicegpt_fast.triton_kernels.launch import gpu_of
-    from slicegpt_fast.triton_kernels.tiles import bucket, record, tiles_for
+    try:
+        return 1e3 * do_bench(run, return_mode="median")
+    except OutOfResources:
+        return math.inf
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    gpu = gpu_of(device)
-    for shape in dict.fromkeys(shapes):
-        op, m, n, k = shape
-        a = torch.randn(m, k, dtype=dtype, device=device)
-        weight = torch.randn(n, k, dtype=dtype, device=device)
-        kernel: Callable[..., Any]
-        reference: Callable[..., Any]
-        arguments: tuple[Any, ...]
-        if op == "norm_linear":
-            kernel, reference, epilogue = norm_kernels.norm_linear, norm_linear_reference, None
-            arguments = (a, weight, None, 1e-5, k, torch.rand(m, device=device) + 1, None, 0)
-        else:
-            kernel, reference, epilogue = residual_kernels.residual_linear, residual_linear_reference, "dense"
-            arguments = (a[:, n:], weight[:, n:], None, None, a[:, :n], weight[:, :n].T.contiguous())
-        reference_us = 1e3 * do_bench(partial(reference, *arguments), return_mode="median")
-        times = {
-            tile: 1e3 * do_bench(partial(kernel, *arguments, tile=tile), return_mode="median")
-            for tile in tiles_for(gpu, dtype, m, True, epilogue)
-        }
-        tile, kernel_us = min(times.items(), key=lambda item: item[1])
-        record(gpu, op, bucket(dtype, m, n, k), tile, kernel_us, reference_us)
-        yield Measured(shape, kernel_us, reference_us)
+
+def _candidates(
+    backend: str, request: Request, run: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """What there is to time of a backend: Triton's matmuls with each tile, anything else as it is."""
+    if backend != "triton" or request.op == "covariance_":
+        yield None, partial(run, *arguments)
+        return
+    from slicegpt_fast.triton_kernels.launch import gpu_of
+    from slicegpt_fast.triton_kernels.tiles import tiles_for
+
+    m, *widths = request.shape
+    aligned = all(width % 8 == 0 for width in (widths[1:] if request.op == "norm_linear" else widths))
+    for tile in tiles_for(gpu_of(request.device), request.dtype, m, aligned, request.epilogue):
+        yield tile, partial(run, *arguments, tile)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        raise InputError("there is no CUDA device to tune for; run tune on a machine with a GPU.")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -146,6 +147,17 @@ def patch_report(model: PreTrainedModel) -> PatchReport:
     return PatchReport(tuple(_row(name, part, patch.options[0]) for name, part in patch.parts.items()))
 
 
+def op_requests(model: PreTrainedModel) -> Requests:
+    """What the ops are asked for once ``model`` is patched; its weights may be absent (on the device "meta")."""
+    found: Requests = []
+    for _, layer, sublayer in architecture_of(model).sites(model):
+        with suppress(NotFusable):
+            found += FusedSublayer(layer, sublayer, "auto").requests()
+    with suppress(NotFusable):
+        found += FusedHead(model.get_output_embeddings(), "auto").requests()
+    return found
+
+
 def _row(name: str, part: FusedSublayer | FusedHead | str, backend: str) -> Row:
     reason = part if isinstance(part, str) else "training mode" if part.module.training else part.changed()
     if isinstance(part, str) or reason is not None:
@@ -171,6 +183,8 @@ def _fused(
         part = fuse(backend)
     except NotFusable as reason:
         return str(reason)
+    if part.offloaded():
+        return "its weights are offloaded"
     _backends(part.requests(), backend)  # raises where the backend cannot run here
     return part
 

@@ -27,8 +27,13 @@ class FusedHead:
 
     def requests(self) -> Requests:
         """What the op is asked for in decode; prefill is torch's."""
-        ((decode, _),) = requests("norm_linear", self.module.weight)
+        weight = self.module.weight
+        ((decode, _),) = requests("norm_linear", weight, (weight.shape[0], weight.shape[1]))
         return [(decode, None)]
+
+    def offloaded(self) -> bool:
+        """True where the weight is not here."""
+        return self.module.weight.device.type == "meta"
 
     def changed(self) -> str | None:
         """Nothing can happen to the head that its fused form does not honour."""

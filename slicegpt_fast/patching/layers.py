@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import chain, repeat, zip_longest
 from typing import Any, cast
 
 import torch
@@ -226,11 +226,25 @@ class FusedSublayer:
     def requests(self) -> Requests:
         """What the ops are asked for."""
         found = []
-        for branch in self.branches:
+        pairs = chain((self._second_pair(),), repeat((0, "add")))
+        for branch, (k2, shortcut) in zip(self.branches, pairs, strict=False):
+            reader, writer = branch.reader.weights[0].matrix, branch.writer.weights[0].matrix
             rows = branch.reader.rows()[-1].stop + branch.unscaled
-            found += requests("norm_linear", branch.reader.weights[0].matrix, rows)
-            found += requests("residual_linear", branch.writer.weights[0].matrix)
+            found += requests("norm_linear", reader, (rows, reader.shape[1]), branch.activation)
+            found += requests("residual_linear", writer, (writer.shape[0], writer.shape[1] + k2), shortcut)
         return found
+
+    def _second_pair(self) -> tuple[int, str]:
+        """The width of the second pair of matrices in ``residual_linear``, and the kind of shortcut."""
+        if self.shortcut is None:
+            return 0, "add"
+        if not isinstance(self.shortcut, AlignedShortcut):
+            return cast(Tensor, self.shortcut.weight).shape[1], "dense"
+        return (0, "add") if self.shortcut.down is None else (self.shortcut.down.out_features, "low rank")
+
+    def offloaded(self) -> bool:
+        """True where a weight is not here."""
+        return any(p.device.type == "meta" for module in self._modules for p in cast(nn.Module, module).parameters())
 
     def changed(self) -> str | None:
         """What has happened to the sublayer that its fused form would not honour, or None."""
@@ -325,11 +339,10 @@ def infers(module: nn.Module, parameters: list[Tensor], x: Tensor) -> bool:
     return not (module.training or wants_grad or torch.is_autocast_enabled(x.device.type))
 
 
-def requests(op: str, weight: Tensor, rows: int | None = None) -> Requests:
-    """What a matmul with a weight like ``weight``, of that many rows, asks of an op."""
-    n, k = rows or weight.shape[0], weight.shape[1]
-    decode = Request(op, weight.device, weight.dtype, "decode", (1, n, k))
-    return [(decode, replace(decode, regime="prefill", shape=(512, n, k)))]
+def requests(op: str, weight: Tensor, widths: tuple[int, int], epilogue: str | None = None) -> Requests:
+    """What a call with a weight like ``weight``, of N rows and K columns, asks of an op."""
+    decode = Request(op, weight.device, weight.dtype, "decode", (1, *widths), epilogue)
+    return [(decode, replace(decode, regime="prefill", shape=(512, *widths)))]
 
 
 def row_statistic(h: Tensor) -> Tensor | None:
@@ -367,11 +380,9 @@ def _linears(layer: nn.Module, paths: tuple[str, ...]) -> list[Weight]:
 
 
 def _check(layer: nn.Module, sublayer: Sublayer) -> None:
-    """Raises NotFusable unless all the sublayer's weights are plain tensors here, of one of DTYPES."""
+    """Raises NotFusable unless all the sublayer's weights are plain tensors of one of DTYPES."""
     modules = [getattr(parent, name) for parent, name in _places(layer, sublayer, None)]
     for parameter in chain.from_iterable(module.parameters() for module in modules):
-        if parameter.device.type == "meta":
-            raise NotFusable("its weights are offloaded")
         if type(parameter.data) is not Tensor or parameter.dtype not in DTYPES:
             raise NotFusable(f"its weights are quantised or of dtype {parameter.dtype}")
     for module in modules:

@@ -5,6 +5,7 @@ one, else in the interpreter (tests/conftest.py).
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,20 @@ if torch.cuda.is_available():
 def device(request: pytest.FixtureRequest) -> str:
     """Where the test's backend runs."""
     return device_of(request.getfixturevalue("backend") if "backend" in request.fixturenames else "triton")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder in place of the user's, for the tuning table."""
+    from slicegpt_fast import tuned
+    from slicegpt_fast.triton_kernels import tiles
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for clear in (tuned._tables.cache_clear, tiles.choose_tile.cache_clear):
+        clear()
+    yield tmp_path
+    for clear in (tuned._tables.cache_clear, tiles.choose_tile.cache_clear):
+        clear()
 
 
 @pytest.fixture

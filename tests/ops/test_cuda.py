@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slicegpt_fast import _C, native
+from slicegpt_fast import _C, native, tuned
 from slicegpt_fast.ops import cuda
-from slicegpt_fast.ops.dispatch import AUTO, OPS, Request
+from slicegpt_fast.ops.dispatch import AUTO, OPS, Op, Request
 from slicegpt_fast.ops.norm_linear import ACTIVATIONS
 
 HEADER = Path(__file__).parents[2] / "csrc/slicegpt_fast.h"
@@ -19,8 +19,16 @@ with_cuda = pytest.mark.skipif(BUILD.cuda_compiler is None, reason="built withou
 with_hopper = pytest.mark.skipif("90a" not in BUILD.cuda_archs, reason="built without 90a")
 
 
-def test_auto_takes_nothing_unmeasured():
-    assert not [rule for rule in AUTO if rule.backend == "cuda"]
+def test_auto_takes_nothing_unmeasured(cache, monkeypatch):
+    """Nor does the table that is shipped hold anything until a GPU was measured."""
+    monkeypatch.setattr(Request, "capability", property(lambda self: (9, 0)))
+    monkeypatch.setattr(Op, "refusal", lambda self, backend, request: None)
+    monkeypatch.setattr(tuned, "gpu_name", lambda device: "NVIDIA H200")
+    rules = [rule for rule in AUTO if "cuda" in rule.backends]
+    assert rules
+    for rule in rules:
+        request = Request(rule.op, torch.device("cuda"), torch.bfloat16, rule.regime, (8, 64, 64))
+        assert OPS[rule.op].choose("auto", request) == "reference"
 
 
 def test_codes_are_those_of_the_header():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from slicegpt_fast import tuned
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.ops import dispatch, use_backend
+from slicegpt_fast.ops import use_backend
 from slicegpt_fast.ops.dispatch import AUTO, OPS, Backend, Request
 
 H200 = (9, 0)
@@ -74,16 +75,13 @@ def test_auto_skips_a_backend_that_refuses(op):
     ],
 )
 def test_auto_on_cuda(op_name, capability, operand, backend, monkeypatch):
+    """Where everything was measured and Triton has won."""
     monkeypatch.setattr(Request, "capability", property(lambda self: capability))
-    monkeypatch.setattr(dispatch, "_measured_faster", lambda request: True)
-    regimes = {rule.regime for rule in AUTO if rule.op == op_name}
-    for regime in regimes:
+    monkeypatch.setattr(tuned, "gpu_name", lambda device: "a GPU")
+    monkeypatch.setattr(tuned, "lookup", lambda *key: tuned.Measured({"reference": 2.0, "triton": 1.0}))
+    for regime in {rule.regime for rule in AUTO if rule.op == op_name}:
         request = Request(op_name, torch.device("cuda"), operand, regime, (64, 64, 64))
         assert OPS[op_name].choose("auto", request) == backend
-        if backend == "triton":
-            monkeypatch.setattr(dispatch, "_measured_faster", lambda request: False)
-            assert OPS[op_name].choose("auto", request) == "reference"
-            monkeypatch.setattr(dispatch, "_measured_faster", lambda request: True)
 
 
 def test_fp32_is_refused_where_triton_would_round_it(monkeypatch):

@@ -1,14 +1,12 @@
-"""Tile choice: the wave model, split-K, and the tables of measured tiles."""
+"""Tile choice: the wave model, split-K, registers, measured tiles."""
 
-import json
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from slicegpt_fast import tuned
 from slicegpt_fast.counters import counters
-from slicegpt_fast.errors import InputError
-from slicegpt_fast.ops import kernel_table
-from slicegpt_fast.ops.tuning import block_shapes, tune
 from slicegpt_fast.triton_kernels import covariance, tiles
 from slicegpt_fast.triton_kernels.launch import Gpu
 from slicegpt_fast.triton_kernels.tiles import Tile
@@ -17,19 +15,8 @@ H200 = Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024)
 BF16 = torch.bfloat16
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache folder in place of the user's."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tiles._tables.cache_clear()
-    tiles.choose_tile.cache_clear()
-    yield tmp_path
-    tiles._tables.cache_clear()
-    tiles.choose_tile.cache_clear()
-
-
 def choose(m, n, k, op="norm_linear"):
-    return tiles.choose_tile(H200, op, BF16, m, n, k, True, None)
+    return tiles.choose_tile(H200, op, BF16, m, n, k, True, None, False)
 
 
 def test_wave_model_counts_true_widths(cache):
@@ -76,40 +63,31 @@ def test_covariance_splits_are_short_enough(N, D):
     assert N / splits <= covariance.LONGEST_SPLIT
 
 
+def record(tile):
+    measured = tuned.Measured({"reference": 90.0, "triton": 100.0}, asdict(tile))
+    tuned.record(H200.name, "norm_linear", tuned.bucket(BF16, (4096, 4096, 2872), None), measured)
+    tiles.choose_tile.cache_clear()
+
+
 def test_measured_tile_wins(cache):
     tile = Tile(64, 128, 64, 4, 4)
     assert choose(3000, 4096, 2872) != tile
-    tiles.record(H200, "norm_linear", tiles.bucket(BF16, 4096, 4096, 2872), tile, 100.0, 90.0)
+    record(tile)
     assert choose(3000, 4096, 2872) == tile  # same bucket: M up to 4096
     assert choose(5000, 4096, 2872) != tile
     assert choose(3000, 4096, 2872, "residual_linear") != tile
-    assert tiles.tuned(H200, "norm_linear", tiles.bucket(BF16, 3000, 4096, 2872))["reference_us"] == 90.0
-    assert [path.name for path in (cache / "slicegpt-fast").iterdir()] == ["tuned.json"]
 
 
 def test_measured_tile_that_a_call_cannot_use_is_passed_over(cache):
-    tiles.record(H200, "norm_linear", tiles.bucket(BF16, 4096, 4096, 2872), tiles.TILES[9][0], 100.0, 90.0)
+    record(tiles.TILES[9][0])
     assert choose(4096, 4096, 2872) == tiles.TILES[9][0]
-    assert tiles.choose_tile(H200, "norm_linear", BF16, 4096, 4096, 2872, False, None) in tiles.SMALL_TILES
+    assert tiles.choose_tile(H200, "norm_linear", BF16, 4096, 4096, 2872, False, None, False) in tiles.SMALL_TILES
 
 
-def test_records_add_up(cache):
-    for n in (8, 16):
-        tiles.record(H200, "norm_linear", tiles.bucket(BF16, 32, n, 8), tiles.TILES[9][1], 1.0, 2.0)
-    assert len(json.loads(tiles.user_table().read_text())["NVIDIA H200"]["norm_linear"]) == 2
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to tune for")
-def test_tune_without_a_gpu():
-    with pytest.raises(InputError, match="no CUDA device"):
-        list(tune(block_shapes(2872, 4096, 4096, 11008, [16]), BF16))
-
-
-def test_kernel_table_names_every_op():
-    rows = kernel_table()
-    assert {row["op"] for row in rows} == {"covariance_", "norm_linear", "residual_linear"}
-    if not torch.cuda.is_available():
-        assert {row["backend"] for row in rows if row["device"] != "cpu"} == {"reference"}
+def test_registers_bound_the_programs_of_an_sm():
+    a100 = Gpu("NVIDIA A100", (8, 0), 108, 163 * 1024)
+    assert [tiles.programs(a100, tile, 2) // a100.sms for tile in tiles.TILES[8]] == [1, 1, 2]
+    assert tiles.programs(H200, tiles.TILES[9][0], 2) == H200.sms
 
 
 def test_counters_start_and_stay_zero(device):

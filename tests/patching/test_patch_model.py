@@ -22,6 +22,8 @@ from slicegpt_fast import (
     unpatch_model,
 )
 from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.ops.dispatch import OPS
+from slicegpt_fast.patching import op_requests
 
 PLANS = {
     "shared": dict(basis="shared"),
@@ -454,6 +456,37 @@ def test_a_layer_on_two_devices(model):
     layer.parameters = lambda: [*nn.Module.parameters(layer), elsewhere]
     with pytest.raises(InputError, match=r"model.layers.1 has weights on cpu and cuda:1: move each decoder layer"):
         patch_model(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [
+        *(("llama", plan) for plan in ("dense", *PLANS, *UNEVEN)),
+        ("phi", "aligned"),
+        ("opt", "per-norm"),
+        ("mixtral", "dense"),
+    ],
+)
+def test_requests_are_what_the_layers_ask_for(family, plan, monkeypatch):
+    """The report and `slicegpt-fast tune` go by them."""
+    model, asked = model_of(family, plan), set()
+    for op in OPS.values():
+
+        def request(*arguments, ask=op.request):
+            asked.add(ask(*arguments))
+            return ask(*arguments)
+
+        monkeypatch.setattr(op, "_plans", {})
+        monkeypatch.setattr(op, "request", request)
+
+    def of(request):
+        return request.op, request.regime, request.shape[1:], request.epilogue
+
+    expected = {of(request) for pair in op_requests(model) for request in pair if request is not None}
+    patch_model(model, backend="reference")
+    for ids in (tokens(1, 1), tokens(2, 19)):
+        logits(model, ids)
+    assert {of(request) for request in asked} == expected
 
 
 def test_offloaded_and_quantised_weights_stay_as_they_are(model):

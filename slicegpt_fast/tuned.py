@@ -1,0 +1,106 @@
+"""What was measured on GPUs: for each GPU, op and shape, the microseconds of every backend and Triton's best tile.
+
+Two JSON files of one form: ``tuned.json`` beside this one, and before it the user's own
+(``$XDG_CACHE_HOME/slicegpt-fast/tuned.json``), which `slicegpt-fast tune` writes:
+
+    {"NVIDIA H200": {"norm_linear": {"bfloat16 M<=16 N=22016 K=2872 silu_gate": {
+        "us": {"reference": 61.2, "triton": 31.0, "cuda": 27.9},
+        "tile": {"m": 16, "n": 128, "k": 64, "warps": 4, "stages": 4}}}}}
+
+An entry of another form, such as one of an older version, counts as not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FEWEST_ROWS, MOST_ROWS = 16, 8192  # calls of fewer or more rows than these share a measurement
+BUCKETS = tuple(FEWEST_ROWS << i for i in range((MOST_ROWS // FEWEST_ROWS).bit_length()))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Microseconds of each backend at a shape, and the tile that Triton's were measured with, where it has a choice."""
+
+    us: dict[str, float]
+    tile: dict[str, int] | None = None
+
+
+@lru_cache
+def gpu_name(device: torch.device) -> str:
+    """The key of a device's measurements."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@lru_cache(maxsize=4096)
+def bucket(dtype: torch.dtype, shape: tuple[int, int, int], epilogue: str | None) -> str:
+    """The key of a shape (rows, n, k): rows rounded up to a power of two, the widths as they are."""
+    rows, n, k = shape
+    rows = min(max(FEWEST_ROWS, 1 << (rows - 1).bit_length()), MOST_ROWS)
+    return " ".join([f"{str(dtype).removeprefix('torch.')} M<={rows} N={n} K={k}", *([epilogue] if epilogue else [])])
+
+
+def user_table() -> Path:
+    """Where `slicegpt-fast tune` keeps what it measured on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slicegpt-fast" / "tuned.json"
+
+
+def lookup(gpu: str, op: str, shape_bucket: str) -> Measured | None:
+    """What was measured there, or None."""
+    for table in _tables():
+        entry = _section(table, gpu, op).get(shape_bucket)
+        us = entry.get("us") if isinstance(entry, dict) else None
+        if entry is not None and isinstance(us, dict) and all(isinstance(time, int | float) for time in us.values()):
+            return Measured(us, entry.get("tile"))
+    return None
+
+
+def buckets(gpu: str, op: str) -> set[str]:
+    """All that was measured of an op."""
+    return {key for table in _tables() for key in _section(table, gpu, op) if lookup(gpu, op, key)}
+
+
+def record(gpu: str, op: str, shape_bucket: str, measured: Measured) -> None:
+    """Adds a measurement to the user's table, written beside it and renamed."""
+    path = user_table()
+    table = _read(path)
+    _section(table, gpu, op)[shape_bucket] = {"us": measured.us, "tile": measured.tile}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    beside.replace(path)
+    _tables.cache_clear()
+
+
+@lru_cache
+def _tables() -> tuple[dict[str, Any], ...]:
+    return _read(user_table()), _read(Path(__file__).with_name("tuned.json"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+        assert isinstance(table, dict)
+        return table
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, AssertionError):
+        warnings.warn(f"{path} is no table of measurements and counts as empty: run slicegpt-fast tune.", stacklevel=2)
+        return {}
+
+
+def _section(table: dict[str, Any], gpu: str, op: str) -> dict[str, Any]:
+    """A GPU's measurements of an op, to be read and to be added to."""
+    for key in (gpu, op):
+        if not isinstance(table.get(key), dict):
+            table[key] = {}
+        table = table[key]
+    return table

@@ -1,0 +1,191 @@
+"""Tuning: what is measured, what the table keeps of it, and what ``auto`` makes of that."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+from slicegpt_fast import tuned
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.ops import dispatch, kernel_table, norm_linear, tuning
+from slicegpt_fast.ops.dispatch import OPS, Request
+from slicegpt_fast.ops.tuning import Shape, block_shapes, tune
+from slicegpt_fast.triton_kernels import tiles
+from slicegpt_fast.triton_kernels.compile_ahead import GPUS
+from slicegpt_fast.triton_kernels.launch import INTERPRETER
+
+CUDA = torch.device("cuda", 0)
+HALF = torch.float16
+SHAPES = [
+    Shape("norm_linear", 3, 48, 40, "silu_gate"),
+    Shape("norm_linear", 20, 24, 40),
+    Shape("residual_linear", 3, 24, 64, "dense"),
+    Shape("residual_linear", 20, 24, 64, "low rank"),
+    Shape("residual_linear", 20, 24, 64, "add"),
+    Shape("norm_linear", 20, 24, 41),
+    Shape("residual_linear", 20, 23, 64, "add"),
+    Shape("residual_linear", 20, 48, 72, "dense"),
+    Shape("covariance_", 40, 24, 24),
+    Shape("covariance_", 40, 24, 24, "row scale"),
+]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Runs what is to be timed once and gives each backend a time by its name, here or in the interpreter."""
+    times = {"reference": 9.0, "cpu": 8.0, "triton": 7.0}
+    running = []
+    for op in OPS.values():
+        for name, backend in op.backends.items():
+
+            def run(*arguments, name=name, backend=backend):
+                running.append((name, arguments))
+                return backend.run(*arguments)
+
+            monkeypatch.setitem(op.backends, name, dispatch.Backend(run, backend.refuses))
+
+    def microseconds(call):
+        call()
+        return times[running[-1][0]]
+
+    monkeypatch.setattr(tuning, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tuning, "microseconds", microseconds)
+    return times, running
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_every_backend_and_tile_is_measured(cache, clock):
+    times, running = clock
+    for shape, us in tune(SHAPES, HALF):
+        assert us == dict(sorted(times.items(), key=lambda item: item[1]))
+        assert list(us) == ["triton", "cpu", "reference"]
+        ran = [arguments for name, arguments in running if name == "triton"]
+        arguments = ran[0] if shape.op == "covariance_" else ran[0][:-1]  # the last is the tile
+        request = OPS[shape.op].request(*arguments)
+        assert (request.op, *request.shape, request.epilogue) == shape
+        entry = tuned.lookup("cpu", shape.op, tuned.bucket(HALF, request.shape, request.epilogue))
+        assert entry.us == times
+        if shape.op != "covariance_":
+            aligned = shape.k % 8 == 0 and (shape.op == "norm_linear" or shape.n % 8 == 0)
+            every = tiles.tiles_for(INTERPRETER, HALF, shape.m, aligned, shape.epilogue)
+            assert [arguments[-1] for arguments in ran] == list(every)
+            assert entry.tile in [tile.__dict__ for tile in every]
+        running.clear()
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU to choose for, on which every backend can run everything."""
+    monkeypatch.setattr(Request, "capability", property(lambda self: (9, 0)))
+    monkeypatch.setattr(tuned, "gpu_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(dispatch.Op, "refusal", lambda self, backend, request: None)
+
+
+def request(op="norm_linear", m=4096, epilogue=None):
+    return Request(op, CUDA, torch.bfloat16, dispatch.regime_of(op, m), (m, 4096, 2872), epilogue)
+
+
+def record(asked, tile=None, **us):
+    bucket = tuned.bucket(asked.dtype, asked.shape, asked.epilogue)
+    tuned.record("NVIDIA H200", asked.op, bucket, tuned.Measured(us, tile))
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+@pytest.mark.parametrize(
+    ("us", "chosen"),
+    [
+        ({}, "reference"),
+        ({"triton": 1.0}, "reference"),  # not compared with the reference
+        ({"reference": 3.0, "triton": 2.0, "cuda": 1.0}, "cuda"),
+        ({"reference": 3.0, "triton": 2.0}, "triton"),
+        ({"reference": 1.0, "triton": 2.0, "cuda": 3.0}, "reference"),
+        ({"reference": 3.0, "cpu": 1.0, "triton": 2.0}, "triton"),  # the row names no cpu
+    ],
+)
+def test_auto_takes_the_fastest_measured(op, us, chosen, cache, hopper):
+    for m in (16, 4096):
+        assert OPS[op].choose("auto", request(op, m)) == "reference"
+        record(request(op, m), **us)
+        assert OPS[op].choose("auto", request(op, m)) == chosen
+
+
+def test_a_measurement_is_of_one_epilogue_and_one_bucket_of_rows(cache, hopper):
+    record(request(m=4096, epilogue="silu_gate"), reference=3.0, cuda=1.0)
+    choose = partial(OPS["norm_linear"].choose, "auto")
+    assert choose(request(m=2049, epilogue="silu_gate")) == "cuda"
+    assert choose(request(m=2048, epilogue="silu_gate")) == "reference"
+    assert choose(request(m=4096)) == "reference"
+
+
+def test_rows_share_a_bucket_at_both_ends():
+    keys = [tuned.bucket(HALF, (m, 8, 8), None) for m in (1, 16, 17, 32, 8192, 8193, 10**6)]
+    assert [len(set(keys[:2])), len(set(keys[2:4])), len(set(keys[4:])), len(set(keys))] == [1, 1, 1, 3]
+    assert len(tuned.BUCKETS) == len({tuned.bucket(HALF, (m, 8, 8), None) for m in range(1, 9000)})
+
+
+def test_what_was_measured_but_cannot_run_is_passed_over(cache, hopper, monkeypatch):
+    record(request(), reference=3.0, triton=2.0, cuda=1.0)
+    refusals = {"cuda": "built without CUDA"}
+    monkeypatch.setattr(dispatch.Op, "refusal", lambda self, backend, request: refusals.get(backend))
+    assert OPS["norm_linear"].choose("auto", request()) == "triton"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "{",
+        "[]",
+        '{"NVIDIA H200": []}',
+        '{"NVIDIA H200": {"norm_linear": {"KEY": {"tile": {"m": 1}, "kernel_us": 1.0, "reference_us": 2.0}}}}',
+        '{"NVIDIA H200": {"norm_linear": {"KEY": {"us": {"reference": "fast"}}}}}',
+        '{"NVIDIA H200": {"norm_linear": {"KEY": {"us": {"reference": 2.0, "quantum": 1.0}, "tile": {"x": 1}}}}}',
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* is no table of measurements")
+def test_old_and_foreign_tables_count_as_unmeasured(table, cache, hopper):
+    key = tuned.bucket(torch.bfloat16, (4096, 4096, 2872), None)
+    tuned.user_table().parent.mkdir()
+    tuned.user_table().write_text(table.replace("KEY", key))
+    assert OPS["norm_linear"].choose("auto", request()) == "reference"
+    tile = tiles.choose_tile(GPUS["sm_90"], "norm_linear", torch.bfloat16, 4096, 4096, 2872, True, None, False)
+    assert tile in tiles.TILES[9]
+    record(request(), reference=2.0, triton=1.0)
+    assert OPS["norm_linear"].choose("auto", request()) == "triton"
+
+
+def test_records_add_up(cache):
+    for n in (8, 16):
+        tuned.record("NVIDIA H200", "norm_linear", tuned.bucket(HALF, (32, n, 8), None), tuned.Measured({}))
+    assert len(json.loads(tuned.user_table().read_text())["NVIDIA H200"]["norm_linear"]) == 2
+    assert [path.name for path in (cache / "slicegpt-fast").iterdir()] == ["tuned.json"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to tune for")
+def test_tune_without_a_gpu():
+    with pytest.raises(InputError, match="no CUDA device"):
+        list(tune(block_shapes(2872, 4096, 4096, 11008, [16]), torch.bfloat16))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_plans_are_made_anew_after_tuning(cache, clock):
+    h, weight = torch.randn(3, 40).half(), torch.randn(48, 40).half()
+    norm_linear(h, weight, None, 1e-5, 40)
+    assert OPS["norm_linear"]._plans
+    list(tune(SHAPES[:1], HALF))
+    assert not OPS["norm_linear"]._plans
+
+
+def test_kernel_table_says_what_is_measured(cache, hopper, monkeypatch):
+    rows = kernel_table()
+    assert {row["op"] for row in rows} == set(OPS)
+    on_gpu = [row for row in rows if row["device"] != "cpu"]
+    assert {row["backend"] for row in on_gpu} == {"fastest of triton, cuda, reference"}
+    if not torch.cuda.is_available():
+        assert all(row["why"].endswith("reference: there is no CUDA device here") for row in on_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    record(request(m=1), reference=2.0, triton=1.0)
+    why = {(row["op"], row["regime"]): row["why"] for row in kernel_table() if row["device"] != "cpu"}
+    assert why["norm_linear", "decode"].endswith("; measured at 1 shapes, reference at all others")
+    assert why["norm_linear", "prefill"].endswith("; reference until `slicegpt-fast tune`")
