@@ -1,20 +1,19 @@
 """Makes rows of pytest-benchmark out of contenders that were timed in turn, and describes the machine.
 
-A row is the first contender's times; the others, bytes, FLOPs and the floor stand in its ``extra_info``.
+A row is the first contender's blocks; the others' blocks, bytes, FLOPs and the floor stand in its ``extra_info``.
 """
 
 import os
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # each thread stays on its core; read when torch is first imported
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from statistics import median
 from typing import Any
 
 import pytest
 import torch
-from timing import DEVICE, seconds
+from timing import DEVICE, Calls, Times, seconds
 
 from slicegpt_fast.benchmark import machine, machine_rates
 
@@ -61,38 +60,28 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 
 @pytest.fixture
 def record(benchmark, request):
-    """record(times, ...): the times of each contender, by name, become a row; the baseline is called "reference"."""
+    """record(times, ...): the times of all contenders, ours first, become a row; report.py makes ratios of them."""
 
-    def run(times: Mapping[str, list[float]], **extra: Any) -> None:
+    def run(times: Times, **extra: Any) -> None:
         ours, *_ = times.values()
         replay.load(ours)
         benchmark.group = request.node.originalname.removeprefix("bench_")
         benchmark.pedantic(lambda: None, rounds=len(ours))
-        benchmark.extra_info |= extra | {
-            "seconds": {name: median(rounds) for name, rounds in times.items()},
-            "times as fast": {
-                name: median(theirs / own for theirs, own in zip(rounds, ours, strict=True))
-                for name, rounds in list(times.items())[1:]
-            },
-        }
-        if "floor" in extra:
-            benchmark.extra_info["share of floor"] = extra["floor"] / median(ours)
+        benchmark.extra_info |= extra | {"blocks": times}
 
     return run
 
 
 @pytest.fixture
 def measure(record):
-    """measure(contenders, dtype=, bytes=, flops=): times them in turn and records the row with its floor."""
+    """measure(contenders, dtype=, bytes=, flops=): times what contenders() makes and records the row with its floor."""
     torch.manual_seed(0)
     torch._dynamo.reset()
 
-    def run(contenders: Mapping[str, Any], *, dtype: str, bytes: int, flops: int, **extra: Any) -> None:
-        before = machine_rates(DEVICE, getattr(torch, dtype))
-        times = seconds(contenders)
-        after = machine_rates(DEVICE, getattr(torch, dtype))
-        bandwidth, rate = map(max, before, after)
+    def run(contenders: Callable[[], Mapping[str, Calls | str]], *, dtype: str, bytes: int, flops: int) -> None:
+        bandwidth, rate = machine_rates(DEVICE, getattr(torch, dtype))
+        times, refused = seconds(contenders)
         floor = {"read_bandwidth": bandwidth, "matmul_rate": rate, "floor": max(bytes / bandwidth, flops / rate)}
-        record(times, bytes=bytes, flops=flops, **floor, **extra)
+        record(times, bytes=bytes, flops=flops, refused=refused, **floor)
 
     return run
