@@ -34,10 +34,8 @@ sanitize: $(VENV)/.installed-test  ## run the tests of the CPU kernels under Add
 
 bench: $(VENV)/.installed-test  ## measure the ops and whole models on this machine; BENCH=--quick for the short part
 	@mkdir -p build/bench
-	for pass in 1 2 3; do \
-	    $(BIN)/pytest bench $(BENCH) --quiet --benchmark-quiet --benchmark-json build/bench/pass-$$pass.json || exit; \
-	done
-	$(BIN)/python bench/report.py build/bench/pass-?.json --out build/bench
+	$(BIN)/pytest bench $(BENCH) --quiet --benchmark-quiet --benchmark-json build/bench/run.json
+	$(BIN)/python bench/report.py build/bench/run.json --out build/bench
 
 gpu-check:  ## with a GPU, its packages, no network: test, tune, time the kernels with $(PYTHON); STAGES="tests tune"
 	bench/gpu_check.sh $(PYTHON) build/gpu-check $(STAGES)

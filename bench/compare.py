@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from report import kind_of, merge, table
+from report import kind_of, table
 
 LOST = 2 / 3  # of the committed ratio
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="JSON files of runs on this machine")
     parser.add_argument("--baselines", type=Path, default=Path("docs/benchmarks"), help="folder (%(default)s)")
     options = parser.parse_args()
-    runs = [merge([json.loads(file.read_text())]) for file in options.runs]
+    runs = [json.loads(file.read_text()) for file in options.runs]
     file = options.baselines / f"{kind_of(runs[0])}.json"
     if not file.exists():
         print(f"{file} does not exist: nothing was measured on such a machine yet.")

@@ -3,7 +3,7 @@
     python bench/report.py RUN.json [RUN.json ...] [--out build/bench]
 
 Prints the tables; writes KIND.md, KIND.json and KIND-*.png, KIND being the kind of machine. The runs are of one
-machine; the blocks of a row that is in several of them count together.
+machine and of different benchmarks.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -22,9 +21,9 @@ HEADER = """# Benchmarks on {processor}, {threads} threads
 {date}; torch {torch}, transformers {transformers}, Python {python}; commit {commit}. Made by `make bench`.
 
 A row is one case; its first columns say which. **ms** is what one call of this package takes. **x torch** is how many
-times as fast that is as torch: 2 means half the time, below 1 means slower. Everything in a row took turns on the same
-random data, call by call, in blocks spread over the whole run; times are medians over the blocks. "±" is twice the
-standard error of a ratio, estimated from its blocks. The baselines:
+times as fast that is as torch: 2 means half the time, below 1 means slower. Everything in a row took turns, call by
+call, on the same random data; each row was visited several times, minutes apart, and times are medians over all turns.
+"±" is twice the standard error of a ratio, estimated from how far the visits differ. The baselines:
 
 * **reference**: the op's definition in plain torch, which is also what runs where no kernel does;
 * **torch**: the best that torch's own functions offer for the same result;
@@ -32,11 +31,9 @@ standard error of a ratio, estimated from its blocks. The baselines:
 
 **of floor** is the share of the hardware's speed: the least time that reading the bytes (at the memory bandwidth) or
 multiplying the FLOPs (at the rate of a large matmul) can take, whichever is longer, over the time measured. Both rates
-are measured with torch beside each row; the best were {rates}.
+are measured with torch in the same run; the best were {rates}.
 More than 100 % is possible where a kernel does better than torch's own reduction or matmul.
 """
-ROW = ("group", "fullname", "params")
-RATES = ("read_bandwidth", "matmul_rate")
 CAPTIONS = {
     "norm_linear": "Norm, matmul and activation in one op: M rows (tokens of a call; 1 is decoding one sequence), "
     "weight of n rows and d columns, d being the kept width of the sliced model.",
@@ -53,44 +50,6 @@ CAPTIONS = {
 }
 OPS = ("covariance", "norm_linear", "residual_linear", "block")
 KERNELS = ("triton", "cuda")  # contenders that are ours, beside what `auto` chooses: compared with torch
-
-
-def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run made of several: the blocks of all, the best rates, and what follows from them."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        for row in run["benchmarks"]:
-            rows.setdefault(row["fullname"], []).append(row)
-    merged = []
-    for same in rows.values():
-        extras = [row["extra_info"] for row in same]
-        times = {name: [t for extra in extras for t in extra["blocks"][name]] for name in extras[0]["blocks"]}
-        best = {name: max(extra[name] for extra in extras) for name in RATES if name in extras[0]}
-        best |= {"floor": min(extra["floor"] for extra in extras)} if "floor" in extras[0] else {}
-        ours = next(iter(times))
-        pairs = {name: ("torch", name) if name in KERNELS else (name, ours) for name in times if name != ours}
-        ratios = {name: ratio(times[theirs], times[own]) for name, (theirs, own) in pairs.items()}
-        found = {
-            "blocks": times,
-            "seconds": {name: median(blocks) for name, blocks in times.items()},
-            "times as fast": {name: value for name, (value, _) in ratios.items()},
-            "uncertainty": {name: share for name, (_, share) in ratios.items()},
-        }
-        merged.append({name: same[0][name] for name in ROW} | {"extra_info": extras[0] | best | found})
-    return runs[0] | {"benchmarks": merged}
-
-
-def ratio(theirs: list[float], ours: list[float]) -> tuple[float, float]:
-    """How many times as long theirs took, and twice the standard error of that as a share of it; times by block.
-
-    The standard error of a median of n values is 0.93 times the distance of their quartiles, over the root of n.
-    """
-    blocks = [their / own for their, own in zip(theirs, ours, strict=True)]
-    value = median(theirs) / median(ours)
-    if len(blocks) == 1:
-        return value, 0.0
-    low, _, high = quantiles(blocks, method="inclusive")
-    return value, 2 * 0.93 * (high - low) / len(blocks) ** 0.5 / value
 
 
 def kind_of(results: dict[str, Any]) -> str:
@@ -240,7 +199,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="JSON files of pytest-benchmark")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder (%(default)s)")
     options = parser.parse_args()
-    results = merge([json.loads(file.read_text()) for file in options.runs])
+    results, *others = (json.loads(file.read_text()) for file in options.runs)
+    results["benchmarks"] += [row for other in others for row in other["benchmarks"]]
     write(results, options.out)
     print(markdown(results))
     print(f"Figures: {options.out}/{kind_of(results)}-*.png")

@@ -1,9 +1,9 @@
 """What the benchmarks share: operands, timing, the table.
 
-Clocks, neighbours and the pages that operands come to lie on change from moment to moment, so a row never compares
-times taken far apart: its contenders take turns, one call each. Turns come in blocks, each on operands newly
-allocated, and `make bench` runs all rows several times over, so that a row's blocks are spread over minutes. A time is
-the median over its blocks, a ratio that of two times, and how far the blocks differ says how sure it is (report.py).
+Clocks, neighbours and the pages that operands come to lie on change from moment to moment, and not all contenders of a
+row suffer alike. So they take turns, one call each, and all rows are visited several times over, each time on operands
+newly allocated, so that a row's turns are spread over minutes. A time is the median over all turns, a ratio that of
+two times; how far the visits differ says how sure it is.
 
 Where a call is bound by streaming its weights, the turns go through so many copies of them that none is still in the
 last cache when its turn comes again. On a GPU, one turn of a contender is the replay of a CUDA graph of calls, timed by
@@ -11,10 +11,10 @@ events; on a CPU the threads are pinned (bench/conftest.py).
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import cycle
-from statistics import median
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from itertools import chain, cycle
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from slicegpt_fast import InputError
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CACHE_BYTES = {"cpu": 96 << 20, "cuda": 192 << 20}[DEVICE.type]  # more than the last caches of the measured machines
 FEWEST_COPIES = {"cpu": 2, "cuda": 16}[DEVICE.type]  # on a GPU all copies are in one graph: enough to hide its launch
-BLOCKS, SECONDS = {"cpu": (4, 0.15), "cuda": (5, 0.05)}[DEVICE.type]  # of a row in one run; of a block
-TURNS = 2  # in a block, at least
+VISITS = {"cpu": 5, "cuda": 1}[DEVICE.type]  # of each row in a run
+BLOCKS, SECONDS = {"cpu": (1, 0.2), "cuda": (5, 0.05)}[DEVICE.type]  # of a visit, on operands of their own; of a block
+TURNS = 3  # in a block, at least
 PREFILL_ROWS = {"cpu": 128, "cuda": 4096}[DEVICE.type]
 AWAKE = torch.ones(1 << 18)
 COMPILE_MODE = {"cpu": "default", "cuda": "max-autotune-no-cudagraphs"}[DEVICE.type]
@@ -34,7 +35,7 @@ COMPILED_WIDTH = {"cpu": 456, "cuda": 2872}[DEVICE.type]  # the one that is comp
 KERNELS = {"cpu": (), "cuda": ("triton", "cuda")}[DEVICE.type]  # backends to be timed beside what `auto` chooses
 
 Calls = Sequence[Callable[[], Any]]  # the same call on different operands
-Times = dict[str, list[float]]  # seconds of one call of each contender, by block
+Times = dict[str, list[list[float]]]  # seconds of one call of each contender, by block and turn
 
 
 def random(*shape: int, dtype: str) -> torch.Tensor:
@@ -47,14 +48,18 @@ def copies(bytes_each: int, rows: int) -> int:
     return CACHE_BYTES // bytes_each + FEWEST_COPIES if rows <= 16 else 2
 
 
+@cache
+def compiled(formulation: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(formulation, mode=COMPILE_MODE, dynamic=False)
+
+
 def by_torch(formulation: Callable[..., Any], width: int) -> Callable[[Iterable[Any]], dict[str, Calls | str]]:
     """Makes calls of ``formulation`` on sets of operands: as it stands, and under torch.compile."""
-    compiled = torch.compile(formulation, mode=COMPILE_MODE, dynamic=False)
 
     def calls(sets: Iterable[Any]) -> dict[str, Calls | str]:
         found: dict[str, Calls | str] = {
             name: [partial(run, *operands) for operands in sets]
-            for name, run in (("torch", formulation), ("torch.compile", compiled))
+            for name, run in (("torch", formulation), ("torch.compile", compiled(formulation)))
         }
         if width != COMPILED_WIDTH:
             found["torch.compile"] = f"is measured at width {COMPILED_WIDTH} alone"
@@ -80,13 +85,26 @@ def seconds(contenders: Callable[[], Mapping[str, Calls | str]]) -> tuple[Times,
     times: Times = {}
     for _ in range(BLOCKS):
         made = contenders()  # before the last ones are freed: elsewhere in memory
-        for name, median_seconds in _block({n: calls for n, calls in made.items() if not isinstance(calls, str)}):
-            times.setdefault(name, []).append(median_seconds)
+        for name, turns in _block({n: calls for n, calls in made.items() if not isinstance(calls, str)}).items():
+            times.setdefault(name, []).append(turns)
     return times, {name: why for name, why in made.items() if isinstance(why, str)}
 
 
-def _block(contenders: Mapping[str, Calls]) -> Iterator[tuple[str, float]]:
-    """Median seconds of one call of each contender."""
+def ratio(theirs: list[list[float]], ours: list[list[float]]) -> tuple[float, float]:
+    """How many times as long theirs took, and twice the standard error of that as a share of it; times by block.
+
+    The standard error of a median of n values is 0.93 times the distance of their quartiles, over the root of n.
+    """
+    value = median(chain(*theirs)) / median(chain(*ours))
+    blocks = [median(their) / median(own) for their, own in zip(theirs, ours, strict=True)]
+    if len(blocks) == 1:
+        return value, 0.0
+    low, _, high = quantiles(blocks, method="inclusive")
+    return value, 2 * 0.93 * (high - low) / len(blocks) ** 0.5 / value
+
+
+def _block(contenders: Mapping[str, Calls]) -> dict[str, list[float]]:
+    """Seconds of one call of each contender, turn by turn."""
     timers = {
         name: _replay(calls) if DEVICE.type == "cuda" else _clock(calls, number / len(contenders))
         for number, (name, calls) in enumerate(contenders.items())
@@ -98,7 +116,7 @@ def _block(contenders: Mapping[str, Calls]) -> Iterator[tuple[str, float]]:
         for name in list(timers)[:: 1 - 2 * (turn % 2)]:  # there and back: nobody always follows the same one
             times[name].append(timers[name]())
         turn += 1
-    return ((name, median(turns)) for name, turns in times.items())
+    return times
 
 
 def _clock(calls: Calls, start: float) -> Callable[[], float]:

@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 from compare import compare, main
-from report import kind_of, markdown, merge, ratio, write
+from report import kind_of, markdown, write
+from timing import ratio
 
 
 def results(**ratios: list[float]) -> dict:
@@ -22,14 +23,16 @@ def results(**ratios: list[float]) -> dict:
                 "read_bandwidth": 4e10,
                 "matmul_rate": 7e11,
                 "floor": 2.5e-5,
-                "blocks": {"auto": [2e-3, 2e-3], "reference": [2e-3 * ratio] * 2, "torch": [3e-3, 3e-3]},
+                "seconds": {"auto": 2e-3, "reference": 2e-3 * ratio, "torch": 3e-3},
+                "times as fast": {"reference": ratio, "torch": 1.5},
+                "uncertainty": {"reference": 0.04, "torch": 0.01},
             },
         }
         for op, values in ratios.items()
         for number, ratio in enumerate(values)
     ]
     machine = dict(processor="A CPU (avx2)", threads="2", date="2026-01-01", torch="2", transformers="5", python="3")
-    return merge([{"machine_info": machine, "commit_info": {"id": "0" * 40, "dirty": False}, "benchmarks": rows}])
+    return {"machine_info": machine, "commit_info": {"id": "0" * 40, "dirty": False}, "benchmarks": rows}
 
 
 def test_lost_is_what_every_run_lost():
@@ -75,39 +78,29 @@ def test_report(tmp_path):
     }
     assert json.loads((tmp_path / "a-cpu-avx2-2-threads.json").read_text()) == run
     text = markdown(run)
-    assert "| 457 | bfloat16 | 1 | 2 | 2.50 ±0% | 1.50 ±0% | 1% |" in text
+    assert "| 457 | bfloat16 | 1 | 2 | 2.50 ±4% | 1.50 ±1% | 1% |" in text
     assert "bfloat16 40 GB/s and 700 GFLOP/s, float32 40 GB/s and 700 GFLOP/s" in text
-
-
-def test_blocks_of_all_runs_count():
-    runs = [results(block=[2.0]), results(block=[4.0]), results(block=[4.0], norm_linear=[1.0])]
-    block, norm_linear = merge(runs)["benchmarks"]
-    assert len(block["extra_info"]["blocks"]["auto"]) == 6
-    assert block["extra_info"]["times as fast"] == {"reference": pytest.approx(4.0), "torch": pytest.approx(1.5)}
-    assert norm_linear["extra_info"]["times as fast"]["reference"] == pytest.approx(1.0)
-    runs[1]["benchmarks"][0]["extra_info"] |= {"floor": 1e-5, "matmul_rate": 8e11}
-    merged = merge(runs)["benchmarks"][0]["extra_info"]
-    assert (merged["floor"], merged["matmul_rate"], merged["read_bandwidth"]) == (1e-5, 8e11, 4e10)
 
 
 def test_the_uncertainty_of_a_ratio_holds():
     """Two standard errors: the true ratio lies within them 19 times of 20, somewhat less often with few blocks."""
     draw, within = Random(0), 0
     for _ in range(400):
-        theirs, ours = ([centre * draw.gauss(1, 0.05) for _ in range(12)] for centre in (3.0, 1.5))
+        theirs, ours = ([[centre * draw.gauss(1, 0.05)] for _ in range(12)] for centre in (3.0, 1.5))
         value, uncertainty = ratio(theirs, ours)
         within += abs(value - 2) <= 2 * uncertainty
     assert 0.85 < within / 400 < 0.99
-    assert ratio([3.0], [1.5]) == (2.0, 0.0)
+    assert ratio([[3.0, 3.0, 9.0]], [[1.5]]) == (2.0, 0.0)
 
 
 def test_kernels_are_compared_with_torch_and_refusals_have_reasons():
     run = results(norm_linear=[2.0])
     (row,) = run["benchmarks"]
-    row["extra_info"]["blocks"]["triton"] = [1e-3, 1e-3]
+    row["extra_info"]["seconds"]["triton"] = 1e-3
+    row["extra_info"]["times as fast"]["triton"], row["extra_info"]["uncertainty"]["triton"] = 3.0, 0.02
     row["extra_info"]["refused"] = {"cuda": "too many rows"}
-    text = markdown(merge([run]))
+    text = markdown(run)
     columns = ("ms", "x reference", "x torch", "triton x torch", "triton of floor", "cuda x torch", "cuda of floor")
     assert " | ".join(columns) in text
-    assert "| 2 | 2.00 ±0% | 1.50 ±0% | 3.00 ±0% | 2% | – | – | 1% |" in text
+    assert "| 2 | 2.00 ±4% | 1.50 ±1% | 3.00 ±2% | 2% | – | – | 1% |" in text
     assert "* – cuda: too many rows" in text
