@@ -29,7 +29,7 @@ from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import flops_per_token, read_bytes, stored_parameters
 from slicegpt_fast.native import cpu_isa
 
-# Bytes to read, far more than any cache holds, and the size of a square matmul: large enough to reach the machine's rates.
+# Bytes to read, far more than caches hold, and the size of a square matmul: both long beside the launch of a kernel.
 PROBES = {"cpu": (256 << 20, 2048), "cuda": (4 << 30, 8192)}
 COMPILED_VARIANTS = 256  # graphs of one forward that torch may hold: per model, harness and shape
 
