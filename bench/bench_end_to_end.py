@@ -177,6 +177,8 @@ def speeds(geometry: str, dtype: str, harness: str) -> Speeds:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("geometry", MODELS)
 def bench_end_to_end(record, geometry, dtype, phase, harness):
+    if geometry == "OPT-6.7B" and harness == "static":
+        pytest.skip("transformers' OPT cannot be compiled whole with a static cache")
     measured = speeds(geometry, dtype, harness)
     rows = {row.model: row for row in measured.rows}
     tokens = PROMPT if phase == "prefill" else NEW_TOKENS
