@@ -24,7 +24,7 @@ from slicegpt_fast import InputError
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CACHE_BYTES = {"cpu": 96 << 20, "cuda": 192 << 20}[DEVICE.type]  # more than the last caches of the measured machines
 FEWEST_COPIES = {"cpu": 2, "cuda": 16}[DEVICE.type]  # on a GPU all copies are in one graph: enough to hide its launch
-VISITS = {"cpu": 5, "cuda": 1}[DEVICE.type]  # of each row in a run
+VISITS = {"cpu": 8, "cuda": 1}[DEVICE.type]  # of each row in a run
 BLOCKS, SECONDS = {"cpu": (1, 0.2), "cuda": (5, 0.05)}[DEVICE.type]  # of a visit, on operands of their own; of a block
 TURNS = 3  # in a block, at least
 PREFILL_ROWS = {"cpu": 128, "cuda": 4096}[DEVICE.type]
