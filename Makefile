@@ -34,11 +34,11 @@ sanitize: $(VENV)/.installed-test  ## run the tests of the CPU kernels under Add
 
 bench: $(VENV)/.installed-test  ## measure the ops and whole models on this machine; BENCH=--quick for the short part
 	@mkdir -p build/bench
-	$(BIN)/pytest bench $(BENCH) --benchmark-quiet --benchmark-json build/bench/run.json
+	$(BIN)/pytest bench $(BENCH) --quiet --benchmark-quiet --benchmark-json build/bench/run.json
 	$(BIN)/python bench/report.py build/bench/run.json --out build/bench
 
-gpu-check:  ## on a machine with a GPU, its packages and no network: test, tune and time the kernels with $(PYTHON)
-	bench/gpu_check.sh $(PYTHON) build/gpu-check
+gpu-check:  ## with a GPU, its packages, no network: test, tune, time the kernels with $(PYTHON); STAGES="tests tune"
+	bench/gpu_check.sh $(PYTHON) build/gpu-check $(STAGES)
 
 wheel: | $(BIN)/python  ## build a wheel for this Python into dist/
 	rm -rf build/lib.*  # setuptools packs whatever an earlier build left there, deleted modules too

@@ -22,16 +22,20 @@ def full_matmul(x):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "D"), SHAPES)
 def bench_covariance(measure, N, D, dtype):
-    x = random(N, D, dtype=dtype)
-    acc = torch.zeros(D, D, dtype=torch.float64, device=DEVICE)
-    measure(
-        {
-            "auto": [partial(covariance_, acc, x)],
-            **by_kernel(lambda backend: [partial(covariance_, acc, x, backend=backend)]),
-            "reference": [partial(covariance_, acc, x, backend="reference")],
+    drawn = random(N, D, dtype=dtype)
+    accumulated = 8 * D * D  # bytes
+
+    def contenders():
+        x, acc = drawn.clone(), torch.zeros(D, D, dtype=torch.float64, device=DEVICE)
+
+        def on(backend):
+            return [partial(covariance_, acc, x, backend=backend)]
+
+        return {
+            "auto": on("auto"),
+            **by_kernel(on),
+            "reference": on("reference"),
             "torch": [partial(full_matmul, x)],
-        },
-        dtype=dtype,
-        bytes=x.nbytes + 2 * acc.nbytes,
-        flops=N * D * (D + 1),
-    )
+        }
+
+    measure(contenders, dtype=dtype, bytes=drawn.nbytes + 2 * accumulated, flops=N * D * (D + 1))

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from timing import DEVICE, random
+from timing import DEVICE, Times, random
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig, PreTrainedConfig, PreTrainedModel
 
@@ -48,12 +49,13 @@ GEOMETRIES: dict[str, PreTrainedConfig] = {
 }
 KEPT = 0.75  # of the decoder blocks' stored parameters
 MODELS = {"cuda": list(GEOMETRIES)[1:], "cpu": list(GEOMETRIES)[:1]}[DEVICE.type]
+BACKEND = {"cuda": "triton", "cpu": "auto"}[DEVICE.type]  # on a GPU, `auto` wants each shape tuned first
 HARNESSES = {"cuda": ("eager", "static"), "cpu": ("eager",)}[DEVICE.type]
 DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"]}[DEVICE.type]
-PROMPT, NEW_TOKENS = {"cuda": (2000, 64), "cpu": (512, 16)}[DEVICE.type]
+PROMPT, NEW_TOKENS, ROUNDS = {"cuda": (2000, 64, 5), "cpu": (512, 8, 5)}[DEVICE.type]
 
 # Hidden size, layers, tokens of what is sliced.
-BASE = {"cuda": (2048, 8, 16384), "cpu": (384, 4, 2048)}[DEVICE.type]
+BASE = {"cuda": (2048, 4, 16384), "cpu": (256, 4, 2048)}[DEVICE.type]
 GROWTH = {"base": (1, 1, 1), "2 x width": (2, 1, 1), "2 x layers": (1, 2, 1), "2 x tokens": (1, 1, 2)}
 SLICES = 2  # rounds
 STAGES = ("forward", "covariance", "eigendecomposition", "rotation", "I/O")
@@ -130,7 +132,7 @@ def bench_slicing(record, growth, tmp_path):
     torch.manual_seed(0)
     model = random_model(llama(width, 3 * width, layers, width // 64, width // 64, 8192), "float32")
     calibration = list(torch.randint(8192, (tokens // 512, 1, 512)))
-    times: dict[str, list[float]] = {"auto": [], "reference": []}
+    times: Times = {"auto": [], "reference": []}
     stages, peak = dict.fromkeys(STAGES, 0.0), 0
     for _ in range(SLICES):
         for backend in times:
@@ -138,7 +140,7 @@ def bench_slicing(record, growth, tmp_path):
             before = memory(most=False)
             with use_backend(backend):
                 seconds = slice_once(model, calibration, tmp_path / "sliced")
-            times[backend].append(sum(seconds.values()))
+            times[backend].append([sum(seconds.values())])
             if backend == "auto":
                 stages, peak = seconds, max(peak, memory(most=True) - before)
     record(
@@ -152,8 +154,10 @@ def bench_slicing(record, growth, tmp_path):
 
 
 @cache
-def speeds(geometry: str, dtype: str) -> Speeds:
+def speeds(geometry: str, dtype: str, harness: str) -> Speeds:
     """Dense, sliced (shared basis) and patched side by side."""
+    torch._dynamo.reset()  # frees the models before these, and their CUDA graphs
+    gc.collect()
     torch.manual_seed(0)
     dense = random_model(GEOMETRIES[geometry], dtype)
     sliced = copy.deepcopy(dense)
@@ -164,7 +168,8 @@ def speeds(geometry: str, dtype: str) -> Speeds:
                 setattr(module, name, nn.Parameter(random(*narrow.shape, dtype=dtype)))
     models = {"dense": dense, "sliced": sliced, "patched": patch_model(copy.deepcopy(sliced), strict=True)}
     prompt = torch.randint(dense.config.vocab_size, (1, PROMPT))
-    return benchmark(models, prompt, new_tokens=NEW_TOKENS, harnesses=HARNESSES)
+    with use_backend(BACKEND):
+        return benchmark(models, prompt, new_tokens=NEW_TOKENS, harnesses=[harness], rounds=ROUNDS)
 
 
 @pytest.mark.parametrize("harness", HARNESSES)
@@ -172,14 +177,15 @@ def speeds(geometry: str, dtype: str) -> Speeds:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("geometry", MODELS)
 def bench_end_to_end(record, geometry, dtype, phase, harness):
-    measured = speeds(geometry, dtype)
-    rows = {row.model: row for row in measured.rows if row.harness == harness}
+    if geometry == "OPT-6.7B" and harness == "static":
+        pytest.skip("transformers' OPT cannot be compiled whole with a static cache")
+    measured = speeds(geometry, dtype, harness)
+    rows = {row.model: row for row in measured.rows}
     tokens = PROMPT if phase == "prefill" else NEW_TOKENS
     record(
-        {name: getattr(rows[name], f"{phase}_seconds") for name in ("patched", "sliced", "dense")},
+        {name: [[turn] for turn in getattr(rows[name], f"{phase}_seconds")] for name in ("patched", "sliced", "dense")},
         tokens=tokens,
         floor=tokens / getattr(rows["patched"], phase) * getattr(rows["patched"], f"{phase}_share"),
         read_bandwidth=measured.read_bandwidth,
         matmul_rate=measured.matmul_rate,
-        shown={f"{name}, tok/s": round(getattr(row, phase), 1) for name, row in rows.items()},
     )

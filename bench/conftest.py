@@ -1,20 +1,20 @@
 """Makes rows of pytest-benchmark out of contenders that were timed in turn, and describes the machine.
 
-A row is the first contender's times; the others, bytes, FLOPs and the floor stand in its ``extra_info``.
+A row is the first contender's times; the others', bytes, FLOPs and the floor stand in its ``extra_info``.
 """
 
 import os
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # each thread stays on its core; read when torch is first imported
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
-from timing import DEVICE, seconds
+from timing import DEVICE, KERNELS, VISITS, Calls, Times, ratio, seconds
 
 from slicegpt_fast.benchmark import machine, machine_rates
 
@@ -46,11 +46,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: small enough to run after every change")
     if config.option.quick:
         config.option.markexpr = "quick"
+    torch._dynamo.config.recompile_limit = 256  # one formulation is compiled for the shapes of all rows
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "visit" in metafunc.fixturenames:
+        metafunc.parametrize("visit", range(VISITS))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All rows before any is visited again; whole models last."""
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=replay))
+    items.sort(key=lambda item: item.callspec.params.get("visit", VISITS))
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
@@ -60,39 +68,53 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def record(benchmark, request):
-    """record(times, ...): the times of each contender, by name, become a row; the baseline is called "reference"."""
+def record(request):
+    """record(times, ...): the times of all contenders, ours first, become a row with their ratios."""
 
-    def run(times: Mapping[str, list[float]], **extra: Any) -> None:
-        ours, *_ = times.values()
-        replay.load(ours)
+    def run(times: Times, **extra: Any) -> None:
+        (_, ours), *others = times.items()
+        replay.load(chain(*ours))
+        benchmark = request.getfixturevalue("benchmark")
         benchmark.group = request.node.originalname.removeprefix("bench_")
-        benchmark.pedantic(lambda: None, rounds=len(ours))
+        benchmark.params = {name: value for name, value in benchmark.params.items() if name != "visit"}
+        benchmark.name = f"{request.node.originalname}[{'-'.join(map(str, benchmark.params.values()))}]"
+        benchmark.fullname = f"{request.node.path.name}::{benchmark.name}"
+        benchmark.pedantic(lambda: None, rounds=sum(map(len, ours)))
+        # Kernels named by a backend are ours too: what they are compared with is torch.
+        pairs = {name: (times["torch"], own) if name in KERNELS else (own, ours) for name, own in others}
+        ratios = {name: ratio(*pair) for name, pair in pairs.items()}
         benchmark.extra_info |= extra | {
-            "seconds": {name: median(rounds) for name, rounds in times.items()},
-            "times as fast": {
-                name: median(theirs / own for theirs, own in zip(rounds, ours, strict=True))
-                for name, rounds in list(times.items())[1:]
-            },
+            "seconds": {name: median(chain(*blocks)) for name, blocks in times.items()},
+            "seconds by block": {name: [median(turns) for turns in blocks] for name, blocks in times.items()},
+            "times as fast": {name: value for name, (value, _) in ratios.items()},
+            "uncertainty": {name: share for name, (_, share) in ratios.items()},
         }
-        if "floor" in extra:
-            benchmark.extra_info["share of floor"] = extra["floor"] / median(ours)
 
     return run
 
 
-@pytest.fixture
-def measure(record):
-    """measure(contenders, dtype=, bytes=, flops=): times them in turn and records the row with its floor."""
-    torch.manual_seed(0)
-    torch._dynamo.reset()
+# What the visits before this one found: times by row, and the best rates by dtype.
+visited: dict[str, Times] = {}
+rates: dict[str, tuple[float, float]] = {}
 
-    def run(contenders: Mapping[str, Any], *, dtype: str, bytes: int, flops: int, **extra: Any) -> None:
-        before = machine_rates(DEVICE, getattr(torch, dtype))
-        times = seconds(contenders)
-        after = machine_rates(DEVICE, getattr(torch, dtype))
-        bandwidth, rate = map(max, before, after)
-        floor = {"read_bandwidth": bandwidth, "matmul_rate": rate, "floor": max(bytes / bandwidth, flops / rate)}
-        record(times, bytes=bytes, flops=flops, **floor, **extra)
+
+@pytest.fixture
+def measure(record, request, visit):
+    """measure(contenders, dtype=, bytes=, flops=): times what contenders() makes; the last visit records the row."""
+    torch.manual_seed(0)
+
+    def run(contenders: Callable[[], Mapping[str, Calls | str]], *, dtype: str, bytes: int, flops: int) -> None:
+        if visit == 0:
+            measured = machine_rates(DEVICE, getattr(torch, dtype))
+            rates[dtype] = tuple(map(max, measured, rates.get(dtype, measured)))
+        times, refused = seconds(contenders)
+        case = {name: value for name, value in request.node.callspec.params.items() if name != "visit"}
+        all_times = visited.setdefault(f"{request.node.originalname} {case}", {})
+        for name, blocks in times.items():
+            all_times.setdefault(name, []).extend(blocks)
+        if visit == VISITS - 1:
+            bandwidth, rate = rates[dtype]
+            floor = {"read_bandwidth": bandwidth, "matmul_rate": rate, "floor": max(bytes / bandwidth, flops / rate)}
+            record(all_times, bytes=bytes, flops=flops, refused=refused, **floor)
 
     return run

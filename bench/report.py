@@ -1,9 +1,9 @@
-"""Turns the JSON of a run into tables and figures.
+"""Turns the JSON of one or several runs into tables and figures.
 
     python bench/report.py RUN.json [RUN.json ...] [--out build/bench]
 
-Prints the tables; writes KIND.md, KIND.json and KIND-*.png, KIND being the kind of machine. Several runs on one
-machine, of different benchmarks, become one report.
+Prints the tables; writes KIND.md, KIND.json and KIND-*.png, KIND being the kind of machine. The runs are of one
+machine and of different benchmarks.
 """
 
 import argparse
@@ -18,15 +18,38 @@ from timing import table
 
 HEADER = """# Benchmarks on {processor}, {threads} threads
 
-{date}; torch {torch}, transformers {transformers}, Python {python}; commit {commit}.
+{date}; torch {torch}, transformers {transformers}, Python {python}; commit {commit}. Made by `make bench`.
 
-Random data. All contenders of a row took turns in one run; "x torch" is how many times as fast as torch ours was, the
-median over the rounds. "reference" is the op's formulation in plain torch, "torch" the best that torch's own functions
-offer, "torch.compile" the same compiled. The floor is what reading the bytes or multiplying the FLOPs takes at the
-bandwidth and the matmul rate measured right before and after the row (at best {rates}).
-More than 100 % means faster than torch's own matmul or reduction.
+A row is one case; its first columns say which. **ms** is what one call of this package takes. **x torch** is how many
+times as fast that is as torch: 2 means half the time, below 1 means slower. Everything in a row took turns, call by
+call, on the same random data; each row was visited several times, minutes apart, and times are medians over all turns.
+"±" is twice the standard error of a ratio, estimated from how far the visits differ. The baselines:
+
+* **reference**: the op's definition in plain torch, which is also what runs where no kernel does;
+* **torch**: the best that torch's own functions offer for the same result;
+* **torch.compile**: that, compiled.
+
+**of floor** is the share of the hardware's speed: the least time that reading the bytes (at the memory bandwidth) or
+multiplying the FLOPs (at the rate of a large matmul) can take, whichever is longer, over the time measured. Both rates
+are measured with torch in the same run; the best were {rates}.
+More than 100 % is possible where a kernel does better than torch's own reduction or matmul.
 """
+CAPTIONS = {
+    "norm_linear": "Norm, matmul and activation in one op: M rows (tokens of a call; 1 is decoding one sequence), "
+    "weight of n rows and d columns, d being the kept width of the sliced model.",
+    "residual_linear": "Matmul of k inputs to the sliced width d, plus the residual through a shortcut (none, a dense "
+    "matrix, or a low rank), and the sums of squares that the next norm wants; M rows.",
+    "covariance": "What slicing collects from N tokens of width D, summed in fp64. Ours computes one triangle, and "
+    "FLOPs are counted for one; **torch** is a full matmul with fp32 sums, which is less exact.",
+    "block": "The four matmuls of a decoder block with everything around them but attention, M rows, width d.",
+    "slicing": "Slicing a Llama with random weights, in fp32, and how it grows with the work. The baseline takes the "
+    "covariances in plain torch. Last come shares of the time, and the most memory held beyond the model's.",
+    "end_to_end": "A whole model with random weights, sliced to 75 % of its blocks' parameters, patched (ours); the "
+    "baselines are the same sliced model unpatched, and the dense one. ms: one pass over the prompt, or all steps of "
+    "decoding. Tokens per second count those of the prompt, or the new ones.",
+}
 OPS = ("covariance", "norm_linear", "residual_linear", "block")
+KERNELS = ("triton", "cuda")  # contenders that are ours, beside what `auto` chooses: compared with torch
 
 
 def kind_of(results: dict[str, Any]) -> str:
@@ -44,13 +67,20 @@ def groups(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def cells(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row shows: its case, time, ratios, share of the floor, and whatever else it has under "shown"."""
-    extra, median = row["extra_info"], row["stats"]["median"]
+    """What a row shows: its case, time, ratios, shares of the floor, and whatever else it has."""
+    extra = row["extra_info"]
+    seconds, (ours, *_) = extra["seconds"], extra["seconds"]
     shown = {name: "" if value is None else value for name, value in (row["params"] or {}).items()}
-    shown["ms"] = 1e3 * median
-    shown |= {f"x {name}": round(ratio, 2) for name, ratio in extra["times as fast"].items()}
-    if "share of floor" in extra:
-        shown["of floor"] = f"{extra['share of floor']:.0%}"
+    shown["ms"] = 1e3 * seconds[ours]
+    for name in dict.fromkeys((*extra["times as fast"], *extra.get("refused", {}))):
+        value = f"{extra['times as fast'][name]:.2f} ±{extra['uncertainty'][name]:.0%}" if name in seconds else "–"
+        shown[f"{name} x torch" if name in KERNELS else f"x {name}"] = value
+        if name in KERNELS:
+            shown[f"{name} of floor"] = f"{extra['floor'] / seconds[name]:.0%}" if name in seconds else "–"
+    if "floor" in extra:
+        shown["of floor"] = f"{extra['floor'] / seconds[ours]:.0%}"
+    if "tokens" in extra:
+        shown |= {f"{name}, tok/s": round(extra["tokens"] / time, 1) for name, time in seconds.items()}
     return shown | extra.get("shown", {})
 
 
@@ -61,14 +91,16 @@ def markdown(results: dict[str, Any]) -> str:
         if row["group"] in OPS:
             measured.setdefault(row["params"]["dtype"], []).append(row["extra_info"])
     rates = [
-        f"{dtype} {max(e['read_bandwidth'] for e in rows) / 1e9:.0f} GB/s, "
+        f"{dtype} {max(e['read_bandwidth'] for e in rows) / 1e9:.0f} GB/s and "
         f"{max(e['matmul_rate'] for e in rows) / 1e9:.0f} GFLOP/s"
         for dtype, rows in sorted(measured.items())
     ]
     commit = results["commit_info"]["id"][:12]
-    lines = [HEADER.format(**results["machine_info"], commit=commit, rates="; ".join(rates))]
+    lines = [HEADER.format(**results["machine_info"], commit=commit, rates=", ".join(rates))]
     for group, rows in groups(results).items():
-        lines += [f"## {group}", "", table([cells(row) for row in rows]), ""]
+        lines += [f"## {group}", "", CAPTIONS[group], "", table([cells(row) for row in rows]), ""]
+        reasons = [f"{name}: {why}" for row in rows for name, why in row["extra_info"].get("refused", {}).items()]
+        lines += [f"* – {reason}" for reason in dict.fromkeys(reasons)] + [""] * bool(reasons)
     return "\n".join(lines)
 
 

@@ -3,8 +3,9 @@
     python bench/static.py [--check] [--out docs/benchmarks]
 
 The Triton kernels are those of a sliced Llama-2-7B block in bf16 (d = 2872, M = 16 and 4096) with the tiles that a call
-would choose; the CUDA kernels are all of csrc/cuda, read from the built extension. --check writes nothing and fails
-where the JSON no longer says what the same compiler makes; another compiler's part is passed over.
+would choose; the CUDA kernels are all of csrc/cuda, read from the built extension. --check writes nothing, prints the
+rows of the table that the same compiler makes otherwise now, and fails if there are any; another compiler's part is
+passed over.
 """
 
 import argparse
@@ -30,8 +31,6 @@ from slicegpt_fast.triton_kernels.compile_ahead import GPUS, compile_calls, cuob
 from slicegpt_fast.triton_kernels.covariance import covariance_
 from slicegpt_fast.triton_kernels.norm_linear import norm_linear
 from slicegpt_fast.triton_kernels.residual_linear import residual_linear
-
-os.environ["XDG_CACHE_HOME"] = os.devnull  # no tiles that somebody tuned on this machine
 
 D, ATTENTION, GATE_UP = 2872, 4096, 2 * 11008
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of an SM
@@ -91,6 +90,7 @@ def blocks_per_sm(target: str, registers: int, shared_memory: int, warps: int) -
 
 
 def triton_kernels() -> list[dict[str, Any]]:
+    os.environ["XDG_CACHE_HOME"] = os.devnull  # no tiles that somebody tuned on this machine
     rows = []
     for target, gpu in GPUS.items():
         for name, call in calls():
@@ -132,8 +132,13 @@ def measure(recorded: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
-def lines(part: dict[str, Any]) -> list[str]:
-    return [json.dumps(row) for row in part["kernels"]]
+def changes(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The rows of the table that the compiler makes otherwise now, below the table's head; [] if there is none."""
+    head, _, *before = table(recorded["kernels"]).splitlines()
+    _, _, *after = table(now["kernels"]).splitlines()
+    _, _, *differences = [*difflib.unified_diff(before, after, lineterm="", n=0)] or ["", ""]
+    rows = [line for line in differences if not line.startswith("@@")]
+    return [f" {head}", *rows] if rows else []
 
 
 def main() -> int:
@@ -146,13 +151,13 @@ def main() -> int:
     parts = measure(recorded)
     if arguments.check:
         same = {name: part for name, part in recorded.items() if part["compiler"] == parts[name]["compiler"]}
-        changes = [
-            line
-            for name, part in same.items()
-            for line in difflib.unified_diff(lines(part), lines(parts[name]), name, f"{name}, now", lineterm="", n=0)
-        ]
-        print(*changes, f"compared: {', '.join(part['compiler'] for part in same.values()) or 'nothing'}", sep="\n")
-        return int(bool(changes))
+        changed = [line for name, part in same.items() for line in changes(part, parts[name])]
+        print(*changed, f"compared: {', '.join(part['compiler'] for part in same.values()) or 'nothing'}", sep="\n")
+        if changed:
+            print(
+                "error: the kernels are no longer compiled as committed; `python bench/static.py` writes the new table."
+            )
+        return int(bool(changed))
     tables = [f"## {part['compiler']}\n\n{table(part['kernels'])}\n" for part in parts.values()]
     path.write_text(json.dumps(parts, indent=1) + "\n")
     path.with_suffix(".md").write_text("\n".join((HEADER, *tables)))

@@ -1,14 +1,20 @@
 """What the benchmarks share: operands, timing, the table.
 
-Times are of one call, on random data, and all contenders of a row take turns, round by round, because clocks and
-neighbours change. Where a call is bound by streaming its weights, each round goes through so many copies of them that
-none is still in the last cache when its turn comes again. On a GPU a round is the replay of a CUDA graph, timed by
+Clocks, neighbours and the pages that operands come to lie on change from moment to moment, and not all contenders of a
+row suffer alike. So they take turns, one call each, and all rows are visited several times over, each time on operands
+newly allocated, so that a row's turns are spread over minutes. A time is the median over all turns, a ratio that of
+two times; how far the visits differ says how sure it is.
+
+Where a call is bound by streaming its weights, the turns go through so many copies of them that none is still in the
+last cache when its turn comes again. On a GPU, one turn of a contender is the replay of a CUDA graph of calls, timed by
 events; on a CPU the threads are pinned (bench/conftest.py).
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from itertools import chain, cycle
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -17,15 +23,19 @@ from slicegpt_fast import InputError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CACHE_BYTES = {"cpu": 96 << 20, "cuda": 192 << 20}[DEVICE.type]  # more than the last caches of the measured machines
-ROUNDS = {"cpu": 21, "cuda": 31}[DEVICE.type]
-SECONDS = 1.5  # for the rounds of one row, but three of them at least
-PREFILL_ROWS = {"cpu": 256, "cuda": 4096}[DEVICE.type]
+FEWEST_COPIES = {"cpu": 2, "cuda": 16}[DEVICE.type]  # on a GPU all copies are in one graph: enough to hide its launch
+VISITS = {"cpu": 8, "cuda": 1}[DEVICE.type]  # of each row in a run
+BLOCKS, SECONDS = {"cpu": (1, 0.2), "cuda": (5, 0.05)}[DEVICE.type]  # of a visit, on operands of their own; of a block
+TURNS = 3  # in a block, at least
+PREFILL_ROWS = {"cpu": 128, "cuda": 4096}[DEVICE.type]
 AWAKE = torch.ones(1 << 18)
 COMPILE_MODE = {"cpu": "default", "cuda": "max-autotune-no-cudagraphs"}[DEVICE.type]
+COMPILED_WIDTH = {"cpu": 456, "cuda": 2872}[DEVICE.type]  # the one that is compiled: each shape takes its time
 
 KERNELS = {"cpu": (), "cuda": ("triton", "cuda")}[DEVICE.type]  # backends to be timed beside what `auto` chooses
 
 Calls = Sequence[Callable[[], Any]]  # the same call on different operands
+Times = dict[str, list[list[float]]]  # seconds of one call of each contender, by block and turn
 
 
 def random(*shape: int, dtype: str) -> torch.Tensor:
@@ -34,67 +44,118 @@ def random(*shape: int, dtype: str) -> torch.Tensor:
 
 
 def copies(bytes_each: int, rows: int) -> int:
-    """How many sets of operands a round goes through."""
-    return CACHE_BYTES // bytes_each + 2 if rows <= 16 else 2
+    """How many sets of operands the turns go through."""
+    return CACHE_BYTES // bytes_each + FEWEST_COPIES if rows <= 16 else 2
 
 
+@cache
 def compiled(formulation: Callable[..., Any]) -> Callable[..., Any]:
-    """``formulation`` under torch.compile, for the shapes it is called with."""
     return torch.compile(formulation, mode=COMPILE_MODE, dynamic=False)
 
 
-def by_kernel(calls: Callable[[str], Calls]) -> dict[str, Calls]:
-    """``calls`` on each of KERNELS that can run them."""
-    found = {}
+def by_torch(formulation: Callable[..., Any], width: int) -> Callable[[Iterable[Any]], dict[str, Calls | str]]:
+    """Makes calls of ``formulation`` on sets of operands: as it stands, and under torch.compile."""
+
+    def calls(sets: Iterable[Any]) -> dict[str, Calls | str]:
+        found: dict[str, Calls | str] = {
+            name: [partial(run, *operands) for operands in sets]
+            for name, run in (("torch", formulation), ("torch.compile", compiled(formulation)))
+        }
+        if width != COMPILED_WIDTH:
+            found["torch.compile"] = f"is measured at width {COMPILED_WIDTH} alone"
+        return found
+
+    return calls
+
+
+def by_kernel(calls: Callable[[str], Calls]) -> dict[str, Calls | str]:
+    """``calls`` on each of KERNELS, or why that one cannot run them."""
+    found: dict[str, Calls | str] = {}
     for backend in KERNELS:
-        with suppress(InputError):
+        try:
             calls(backend)[0]()
             found[backend] = calls(backend)
+        except InputError as refusal:
+            found[backend] = str(refusal)
     return found
 
 
-def seconds(contenders: Mapping[str, Calls]) -> dict[str, list[float]]:
-    """Seconds of one call of each contender, in every round."""
-    timers = {name: _replay(calls) if DEVICE.type == "cuda" else _clock(calls) for name, calls in contenders.items()}
-    round_seconds = sum(timer() for timer in timers.values())
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(max(3, min(ROUNDS, int(SECONDS / round_seconds)))):
+def seconds(contenders: Callable[[], Mapping[str, Calls | str]]) -> tuple[Times, dict[str, str]]:
+    """Times contenders, made anew for each block; and says why the others cannot run."""
+    times: Times = {}
+    for _ in range(BLOCKS):
+        made = contenders()  # before the last ones are freed: elsewhere in memory
+        for name, turns in _block({n: calls for n, calls in made.items() if not isinstance(calls, str)}).items():
+            times.setdefault(name, []).append(turns)
+    return times, {name: why for name, why in made.items() if isinstance(why, str)}
+
+
+def ratio(theirs: list[list[float]], ours: list[list[float]]) -> tuple[float, float]:
+    """How many times as long theirs took, and twice the standard error of that as a share of it; times by block.
+
+    The standard error of a median of n values is 0.93 times the distance of their quartiles, over the root of n.
+    """
+    value = median(chain(*theirs)) / median(chain(*ours))
+    blocks = [median(their) / median(own) for their, own in zip(theirs, ours, strict=True)]
+    if len(blocks) == 1:
+        return value, 0.0
+    low, _, high = quantiles(blocks, method="inclusive")
+    return value, 2 * 0.93 * (high - low) / len(blocks) ** 0.5 / value
+
+
+def _block(contenders: Mapping[str, Calls]) -> dict[str, list[float]]:
+    """Seconds of one call of each contender, turn by turn."""
+    timers = {
+        name: _replay(calls) if DEVICE.type == "cuda" else _clock(calls, number / len(contenders))
+        for number, (name, calls) in enumerate(contenders.items())
+    }
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    AWAKE.sum()  # so are the threads
+    end, turn = time.perf_counter() + SECONDS, 0
+    while turn < TURNS or time.perf_counter() < end:
         for name in list(timers)[:: 1 - 2 * (turn % 2)]:  # there and back: nobody always follows the same one
-            times[name].append(timers[name]() / len(contenders[name]))
+            times[name].append(timers[name]())
+        turn += 1
     return times
 
 
-def _clock(calls: Calls) -> Callable[[], float]:
-    calls[0]()  # compiles what is to be compiled
+def _clock(calls: Calls, start: float) -> Callable[[], float]:
+    """Times the calls one by one, from ``start``, a share of them, on: contenders never follow one another closely."""
+    first = int(start * len(calls))
+    turned = (*calls[first:], *calls[:first])
+    turned[-1]()  # compiles what is to be compiled
+    endless = cycle(turned)
 
     def timer() -> float:
-        AWAKE.sum()  # so are the threads
+        call = next(endless)
         begin = time.perf_counter()
-        for call in calls:
-            call()
+        call()
         return time.perf_counter() - begin
 
     return timer
 
 
 def _replay(calls: Calls) -> Callable[[], float]:
+    """Times all calls at once."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls:
-            call()
+            call()  # compiles what is to be compiled
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
 
     def timer() -> float:
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        return 1e-3 * begin.elapsed_time(end)
+        return 1e-3 * begin.elapsed_time(end) / len(calls)
 
     return timer
 

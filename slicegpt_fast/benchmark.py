@@ -29,8 +29,8 @@ from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import flops_per_token, read_bytes, stored_parameters
 from slicegpt_fast.native import cpu_isa
 
-READ_BYTES = 256 << 20  # far more than any cache holds
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}  # of a square matmul that reaches the machine's rate
+# Bytes to read, far more than caches hold, and the size of a square matmul: both long beside the launch of a kernel.
+PROBES = {"cpu": (256 << 20, 2048), "cuda": (4 << 30, 8192)}
 COMPILED_VARIANTS = 256  # graphs of one forward that torch may hold: per model, harness and shape
 
 
@@ -216,9 +216,9 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, floa
 @cache
 def _probes(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """What machine_rates reads, and what it multiplies."""
-    size = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"])
+    read, size = PROBES.get(device.type, PROBES["cpu"])
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return torch.randn(READ_BYTES // 4, device=device), a, b
+    return torch.randn(read // 4, device=device), a, b
 
 
 def machine(device: torch.device) -> dict[str, str]:

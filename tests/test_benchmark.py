@@ -19,8 +19,7 @@ from slicegpt_fast.report import plot_speeds, speed_notes, speed_table
 @pytest.fixture(autouse=True)
 def small_rates(monkeypatch):
     """The rates of the machine are no matter here: measure them on little data."""
-    monkeypatch.setattr("slicegpt_fast.benchmark.READ_BYTES", 1 << 16)
-    monkeypatch.setattr("slicegpt_fast.benchmark.MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr("slicegpt_fast.benchmark.PROBES", {"cpu": (1 << 16, 64)})
     _probes.cache_clear()
 
 

@@ -286,8 +286,7 @@ def sliced(model, texts, tmp_path_factory):
 class TestBench:
     @pytest.fixture
     def quick(self, monkeypatch):
-        monkeypatch.setattr("slicegpt_fast.benchmark.READ_BYTES", 1 << 16)
-        monkeypatch.setattr("slicegpt_fast.benchmark.MATMUL_SIZE", {"cpu": 64})
+        monkeypatch.setattr("slicegpt_fast.benchmark.PROBES", {"cpu": (1 << 16, 64)})
         return ["--harness", "eager", "--prompt", 8, "--new", 2]
 
     def test_dense_sliced_and_patched(self, model, sliced, quick, tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 import sys
+from random import Random
 
 import pytest
 from compare import compare, main
 from report import kind_of, markdown, write
+from timing import ratio
 
 
 def results(**ratios: list[float]) -> dict:
@@ -15,15 +17,15 @@ def results(**ratios: list[float]) -> dict:
             "group": op,
             "fullname": f"{op}[{number}]",
             "params": {"d": 456 + number, "dtype": "bfloat16", "M": 1},
-            "stats": {"median": 2e-3},
             "extra_info": {
                 "bytes": 10**6,
                 "flops": 10**7,
                 "read_bandwidth": 4e10,
                 "matmul_rate": 7e11,
+                "floor": 2.5e-5,
                 "seconds": {"auto": 2e-3, "reference": 2e-3 * ratio, "torch": 3e-3},
                 "times as fast": {"reference": ratio, "torch": 1.5},
-                "share of floor": 0.0125,
+                "uncertainty": {"reference": 0.04, "torch": 0.01},
             },
         }
         for op, values in ratios.items()
@@ -76,5 +78,29 @@ def test_report(tmp_path):
     }
     assert json.loads((tmp_path / "a-cpu-avx2-2-threads.json").read_text()) == run
     text = markdown(run)
-    assert "| 457 | bfloat16 | 1 | 2 | 2.5 | 1.5 | 1% |" in text
-    assert "bfloat16 40 GB/s, 700 GFLOP/s; float32 40 GB/s, 700 GFLOP/s" in text
+    assert "| 457 | bfloat16 | 1 | 2 | 2.50 ±4% | 1.50 ±1% | 1% |" in text
+    assert "bfloat16 40 GB/s and 700 GFLOP/s, float32 40 GB/s and 700 GFLOP/s" in text
+
+
+def test_the_uncertainty_of_a_ratio_holds():
+    """Two standard errors: the true ratio lies within them 19 times of 20, somewhat less often with few blocks."""
+    draw, within = Random(0), 0
+    for _ in range(400):
+        theirs, ours = ([[centre * draw.gauss(1, 0.05)] for _ in range(12)] for centre in (3.0, 1.5))
+        value, uncertainty = ratio(theirs, ours)
+        within += abs(value - 2) <= 2 * uncertainty
+    assert 0.85 < within / 400 < 0.99
+    assert ratio([[3.0, 3.0, 9.0]], [[1.5]]) == (2.0, 0.0)
+
+
+def test_kernels_are_compared_with_torch_and_refusals_have_reasons():
+    run = results(norm_linear=[2.0])
+    (row,) = run["benchmarks"]
+    row["extra_info"]["seconds"]["triton"] = 1e-3
+    row["extra_info"]["times as fast"]["triton"], row["extra_info"]["uncertainty"]["triton"] = 3.0, 0.02
+    row["extra_info"]["refused"] = {"cuda": "too many rows"}
+    text = markdown(run)
+    columns = ("ms", "x reference", "x torch", "triton x torch", "triton of floor", "cuda x torch", "cuda of floor")
+    assert " | ".join(columns) in text
+    assert "| 2 | 2.00 ±4% | 1.50 ±1% | 3.00 ±2% | 2% | – | – | 1% |" in text
+    assert "* – cuda: too many rows" in text
