@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One pip command for the package and everything it needs, so that the pinned torch is the only one that is downloaded.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
-FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp)
+FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/emulator/*.cpp tests/emulator/*.h tests/emulator/cuda/*.cuh)
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(NATIVE)
 
 .PHONY: help quickstart test test-slow sanitize bench gpu-check wheel format clean
@@ -27,10 +27,11 @@ test: $(VENV)/.installed-test  ## check style and types, then run the fast tests
 test-slow: $(VENV)/.installed-test  ## run the tests that `make test` leaves out
 	$(BIN)/pytest -m slow
 
-sanitize: $(VENV)/.installed-test  ## run the tests of the CPU kernels under AddressSanitizer and UBSan
+sanitize: $(VENV)/.installed-test  ## run the tests of the CPU kernels and of the emulated CUDA kernels under sanitizers
 	SLICEGPT_FAST_SANITIZE=1 SLICEGPT_FAST_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize $(BIN)/pytest tests/ops -k cpu
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize SLICEGPT_FAST_SANITIZE=1 \
+	    $(BIN)/pytest tests/ops -k "cpu or cuda"
 
 bench: $(VENV)/.installed-test  ## measure the ops and whole models on this machine; BENCH=--quick for the short part
 	@mkdir -p build/bench

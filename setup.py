@@ -106,11 +106,12 @@ def revision(version: str) -> str:
     return described.strip() if described else version
 
 
-def cpu_sources() -> list[tuple[Path, list[str]]]:
+def cxx_sources(cuda: bool) -> list[tuple[Path, list[str]]]:
     """C++ sources of this machine, each with the flags that its suffix stands for."""
     here = CPU_FLAGS.get(platform.machine(), {})
     elsewhere = {suffix for levels in CPU_FLAGS.values() for suffix in levels} - here.keys()
     suffixes = {source: source.stem.rpartition("_")[2] for source in sorted(CSRC.rglob("*.cpp"))}
+    suffixes = {source: suffix for source, suffix in suffixes.items() if cuda or source.parent != CSRC / "cuda"}
     return [(source, here.get(suffix, [])) for source, suffix in suffixes.items() if suffix not in elsewhere]
 
 
@@ -137,9 +138,10 @@ def ninja_file(version: str) -> str:
     defines = ["-DSGF_CUDA", *(f"-DSGF_SM{arch.upper()}" for arch in archs)] if nvcc else []
     # Flags of single files, because a changed command recompiles: pip's build isolation moves the Python headers with
     # every build, and every commit is a new revision.
-    include_dirs = [pybind11.get_include(), sysconfig.get_path("include")]
+    python_flags = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     own_flags = {
-        CSRC / "bindings.cpp": [f"-isystem{path}" for path in include_dirs],
+        CSRC / "bindings.cpp": python_flags,
+        CSRC / "cuda/bindings.cpp": python_flags,
         CSRC / "build_info.cpp": [f'-DSGF_REVISION="{revision(version)}"', f'-DSGF_CUDA_ARCHS="{";".join(archs)}"'],
     }
 
@@ -158,7 +160,7 @@ def ninja_file(version: str) -> str:
     rule("link", [*linker, "-shared"], "$in -o $out")
 
     objects = []
-    for name, sources in {"cxx": cpu_sources(), "nvcc": cuda_sources(archs)}.items():
+    for name, sources in {"cxx": cxx_sources(nvcc is not None), "nvcc": cuda_sources(archs)}.items():
         for source, flags in sources:
             flags = escape(shlex.join(flags + own_flags.get(source, [])))
             objects += file.build(f"{BUILD / source}.o", name, str(source), variables={"flags": flags})

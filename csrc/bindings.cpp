@@ -1,27 +1,17 @@
 // Binds the C interface of slicegpt_fast.h to Python as slicegpt_fast._C, function by function and under the same names
-// less the prefix. The types that Python sees stand in slicegpt_fast/_C.pyi.
-//
-// Device memory and streams arrive as integers (tensor.data_ptr(), stream.cuda_stream): whoever calls from Python has
-// checked the tensors.
-#include <pybind11/pybind11.h>
+// less the prefix. The types that Python sees stand in slicegpt_fast/_C.pyi. Those of csrc/cuda/ are bound beside it.
+#include "bindings.h"
 
-#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <stdexcept>
-#include <tuple>
-
-#include "slicegpt_fast.h"
 
 namespace py = pybind11;
 
 namespace {
 
-void check(int status) {
-  if (status > 0) throw std::runtime_error(sgf_status_text(status));     // CUDA
-  if (status < 0) throw std::invalid_argument(sgf_status_text(status));  // the caller's: ValueError in Python
-}
+using sgf::check;
+using sgf::pointer;
 
 py::dict build_info() {
   py::dict info;
@@ -50,11 +40,6 @@ Workspace workspace(int64_t bytes) {
   Workspace memory(std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64)), &std::free);
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
-}
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 void covariance(uintptr_t acc, int acc_dtype, int64_t acc_stride, uintptr_t x, int dtype, int64_t x_stride,
@@ -88,59 +73,6 @@ void residual_linear(int dtype, int64_t M, int64_t n, int64_t K, uintptr_t a, in
                             a2_stride, pointer(weight2), weight2_row_stride, weight2_column_stride, pointer(y),
                             pointer<float>(sumsq), threads, memory.get()));
 }
-#ifdef SGF_CUDA
-// Addresses of device memory; 0 is a null pointer.
-void* device(uintptr_t address) { return reinterpret_cast<void*>(address); }
-
-float* device_floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
-
-int32_t* device_ints(uintptr_t address) { return reinterpret_cast<int32_t*>(address); }
-
-using Plan = std::tuple<int, int64_t, int64_t>;
-
-Plan plan_of(sgf_cuda_plan plan) { return {plan.splits, plan.workspace, plan.counters}; }
-
-sgf_cuda_plan plan_from(Plan plan) { return {std::get<0>(plan), std::get<1>(plan), std::get<2>(plan)}; }
-
-Plan cuda_norm_linear_plan(int M, int64_t scaled, int64_t unscaled, int K, int activation, int sms) {
-  return plan_of(sgf_cuda_norm_linear_plan(M, scaled, unscaled, K, activation, sms));
-}
-
-void cuda_norm_linear(uintptr_t h, int64_t stride_h, uintptr_t weight, int64_t stride_weight, uintptr_t bias,
-                      uintptr_t sumsq, uintptr_t y, int64_t stride_y, int M, int64_t scaled, int64_t unscaled, int K,
-                      float eps, float inverse_width, int activation, int dtype, Plan plan, uintptr_t workspace,
-                      uintptr_t counters, uintptr_t stream) {
-  check(sgf_cuda_norm_linear(device(h), stride_h, device(weight), stride_weight, device(bias), device_floats(sumsq),
-                             device(y), stride_y, M, scaled, unscaled, K, eps, inverse_width, activation, dtype,
-                             plan_from(plan), device_floats(workspace), device_ints(counters), device(stream)));
-}
-
-Plan cuda_residual_linear_plan(int M, int64_t n, int K, int K2, int sms) {
-  return plan_of(sgf_cuda_residual_linear_plan(M, n, K, K2, sms));
-}
-
-void cuda_residual_linear(uintptr_t a, int64_t stride_a, uintptr_t weight, int64_t stride_weight, uintptr_t a2,
-                          int64_t stride_a2, uintptr_t weight2, int64_t stride_weight2, bool weight2_along_n,
-                          uintptr_t bias, uintptr_t residual, int64_t stride_residual, uintptr_t y, int64_t stride_y,
-                          uintptr_t sumsq, int M, int64_t n, int K, int K2, int dtype, Plan plan, uintptr_t workspace,
-                          uintptr_t counters, uintptr_t stream) {
-  check(sgf_cuda_residual_linear(device(a), stride_a, device(weight), stride_weight, device(a2), stride_a2,
-                                 device(weight2), stride_weight2, weight2_along_n, device(bias), device(residual),
-                                 stride_residual, device(y), stride_y, device_floats(sumsq), M, n, K, K2, dtype,
-                                 plan_from(plan), device_floats(workspace), device_ints(counters), device(stream)));
-}
-#ifdef SGF_SM90A
-Plan cuda_covariance_plan(int64_t N, int64_t D, int sms) { return plan_of(sgf_cuda_covariance_plan(N, D, sms)); }
-
-void cuda_covariance(uintptr_t x, int64_t stride, int64_t N, int64_t D, uintptr_t row_scale, uintptr_t mask,
-                     uintptr_t planes, uintptr_t acc, int64_t stride_row, int64_t stride_column, int acc_dtype,
-                     int dtype, Plan plan, uintptr_t workspace, uintptr_t stream) {
-  check(sgf_cuda_covariance(device(x), stride, N, D, device_floats(row_scale), reinterpret_cast<uint8_t*>(mask),
-                            device(planes), device(acc), stride_row, stride_column, acc_dtype, dtype, plan_from(plan),
-                            device_floats(workspace), device(stream)));
-}
-#endif
-#endif
 
 }  // namespace
 
@@ -153,16 +85,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_linear", &norm_linear);
   m.def("residual_linear", &residual_linear);
 #ifdef SGF_CUDA
-  m.def("cuda_probe", [](uintptr_t out, int threads, uintptr_t stream) {
-    check(sgf_cuda_probe(reinterpret_cast<int32_t*>(out), threads, reinterpret_cast<void*>(stream)));
-  });
-  m.def("cuda_norm_linear_plan", &cuda_norm_linear_plan);
-  m.def("cuda_norm_linear", &cuda_norm_linear);
-  m.def("cuda_residual_linear_plan", &cuda_residual_linear_plan);
-  m.def("cuda_residual_linear", &cuda_residual_linear);
-#ifdef SGF_SM90A
-  m.def("cuda_covariance_plan", &cuda_covariance_plan);
-  m.def("cuda_covariance", &cuda_covariance);
-#endif
+  sgf::bind_cuda(m);
 #endif
 }

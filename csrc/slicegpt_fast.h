@@ -94,8 +94,9 @@ int sgf_cuda_probe(int32_t* out, int threads, void* stream);
 
 const char* sgf_cuda_status_text(int status);
 
-// What a launch needs from its caller: `workspace` fp32 cells, and `counters` int32 cells that hold zero, which is what
-// they hold again when the kernel has ended. `splits` is how many blocks share a tile.
+// What a launch needs from its caller: `workspace` fp32 cells on a 16-byte boundary, and `counters` int32 cells that
+// hold zero, which is what they hold again when the kernel has ended. `splits` is how many blocks share a tile. A plan
+// serves whichever architecture's code the GPU runs; the decode kernels' code for 9.0 leaves most of it untouched.
 typedef struct {
   int splits;
   int64_t workspace, counters;
@@ -128,6 +129,23 @@ sgf_cuda_plan sgf_cuda_covariance_plan(int64_t N, int64_t D, int sms);
 int sgf_cuda_covariance(const void* x, int64_t stride, int64_t N, int64_t D, const float* row_scale,
                         const uint8_t* mask, void* planes, void* acc, int64_t stride_row, int64_t stride_column,
                         int acc_dtype, int dtype, sgf_cuda_plan plan, float* workspace, void* stream);
+
+// norm_linear and residual_linear of slicegpt_fast/ops for many rows, on compute capability 9.0 with `sms`
+// multiprocessors. h, weight, a, a2 and weight2 are 16-byte aligned and their strides multiples of 8 elements; nothing
+// is asked of the others. sumsq of norm_linear may be null where no row is scaled; sgf_cuda_row_squares computes it.
+// The workspace of residual_linear holds as many fp32 cells as the function for that says.
+int sgf_cuda_row_squares(const void* h, int64_t stride_h, int M, int K, float* sumsq, int dtype, void* stream);
+int sgf_cuda_norm_linear_prefill(const void* h, int64_t stride_h, const void* weight, int64_t stride_weight,
+                                 const void* bias, const float* sumsq, void* y, int64_t stride_y, int M, int scaled,
+                                 int unscaled, int K, float eps, float inverse_width, int activation, int dtype,
+                                 int sms, void* stream);
+int64_t sgf_cuda_residual_linear_prefill_workspace(int M, int n);
+int sgf_cuda_residual_linear_prefill(const void* a, int64_t stride_a, const void* weight, int64_t stride_weight,
+                                     const void* a2, int64_t stride_a2, const void* weight2, int64_t stride_weight2,
+                                     int weight2_along_n, const void* bias, const void* residual,
+                                     int64_t stride_residual, void* y, int64_t stride_y, float* sumsq, int M, int n,
+                                     int K, int K2, int dtype, int sms, float* workspace, int64_t workspace_cells,
+                                     void* stream);
 #endif
 #endif
 

@@ -11,17 +11,13 @@
 // A box, what one copy brings, is half a block: 32 tokens x 64 columns, 4 KB.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define SGF_INLINE __host__ __device__ __forceinline__
-#else
-#define SGF_INLINE inline
-#endif
+#include "cuda/hopper.h"
 
 namespace sgf::covariance {
 
-constexpr int kRanks = 2;
+using hopper::ceil_div;
+using hopper::kRanks;
+
 constexpr int kTileRows = 128;  // of one rank
 constexpr int kTileColumns = 192;
 constexpr int kClusterRows = kRanks * kTileRows;
@@ -37,8 +33,6 @@ constexpr int kColumnsOffset = kTileRows / kBlock * kBlockBytes;
 constexpr int kChain = 4;  // steps of one MMA chain: the tensor core truncates at every addition, so chains stay short
 constexpr int kCells = kTileRows * kTileColumns;
 constexpr int64_t kLongestSplit = 65536;  // tokens: bounds the rounding of the sum of the chains
-
-SGF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Tiles of cluster row i that meet the lower triangle of [D, D].
 SGF_INLINE int64_t tiles_in_row(int64_t i, int64_t D) {
@@ -91,20 +85,8 @@ SGF_INLINE Box box_of(int b, int rank, Tile tile) {
           kColumnsOffset + block * kBlockBytes + rank * kBoxBytes, true};
 }
 
-// Matrix descriptor of an operand that lies along M or N, 128-byte swizzle: 8 tokens of a block are 1024 bytes apart
-// from the next 8, the next 64 columns a block. `address` is that of 16 tokens in shared memory.
-constexpr int kEightTokens = 8 * kBlock * 2;
-constexpr int kSixteenTokens = 2 * kEightTokens;
-
-SGF_INLINE uint64_t descriptor(uint32_t address) {
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(kBlockBytes >> 4) << 16 |
-         static_cast<uint64_t>(kEightTokens >> 4) << 32 | static_cast<uint64_t>(1) << 62;
-}
-
-// Row and column of accumulator c (of kTileColumns / 2) of a warpgroup's thread, in its 64 x kTileColumns.
-SGF_INLINE int accumulator_row(int thread, int c) { return thread / 32 * 16 + thread % 32 / 4 + c / 2 % 2 * 8; }
-
-SGF_INLINE int accumulator_column(int thread, int c) { return c / 4 * 8 + thread % 4 * 2 + c % 2; }
+// Descriptor of 16 tokens at this address, for either operand.
+SGF_INLINE uint64_t operand(uint32_t address) { return hopper::descriptor(address, kBlockBytes); }
 
 // Tokens of each split, and how many splits finish first under a model that has not been measured yet: clusters run in
 // waves, and each costs kClusterOverhead tokens for filling its pipeline and writing its tile.

@@ -7,10 +7,27 @@
 //   64|  tile  |   <-- split 0 --> <-- split 1 --> |
 //     +--------+-----------------------------------+
 //
-// A warp has a chunk's 8 loads of 16 bytes per lane in flight at once, and an SM holds three blocks, for more than 8
-// rows two: up to 96 or 64 KB in flight per SM. The activations, 32 k of up to 16 rows per chunk, come through L1. At
-// the end the eight warps' sums meet in shared memory and are added in order; with several splits they meet in the
-// workspace, and the last block of a tile to arrive adds them in order.
+// A warp has the 8 loads of 16 bytes per lane of two chunks in flight at once (of one for more than 8 rows), and an SM
+// holds two blocks: 128 KB in flight (64 KB). An H200 needs 29 KB per SM to be kept busy: 4.8 TB/s for 0.8 us over 132
+// SMs. So one block per SM saturates memory (two), and a wave that leaves other slots empty loses nothing. The
+// activations, 32 k of up to 16 rows per chunk, come through L1. Each operand has its own kind of loads: the columns of
+// a wider matrix that a low-rank shortcut hands in may be read element by element, while the weight keeps its vectors.
+//
+// At the end the eight warps' sums meet in shared memory and are added in order. The splits of a tile are a cluster:
+//
+//     rank 0   own sum |barrier| reads the ranks' sums in order, finishes the tile        barrier
+//     rank r   own sum |barrier| waits, for its shared memory must outlast the reading  |barrier|
+//
+// so that between blocks 260 bytes per row and split move, from SM to SM. Before compute capability 9.0 they move
+// through a workspace in L2, and the last block of a tile to arrive adds them, in the same order: same bits. Predicted
+// for 4 splits, M=1: 0.7 us at the end of a tile in place of 1.7 for a fence, an atomic and two ways through L2, which
+// is 5 to 10 % of the kernels that split; not yet measured.
+//
+// What the splits leave at the end, and the next kernel's start, overlap: its blocks take free slots at once and fetch
+// their first 64 KB each into L2.
+//
+// Rows of 64-byte pieces want strides of whole 32-byte sectors: at d = 2872 every second row's pieces touch three
+// sectors, 1.25 times the traffic between L2 and the SMs (not that of the memory).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,55 +38,34 @@
 
 namespace sgf::decode {
 
-constexpr int kThreads = 32 * kWarps;
 constexpr int kPrefetched = 2;  // chunks per warp that are fetched into L2 before the previous kernel has ended
 
 struct Half {
+  static constexpr bool kBfloat16 = false;
   static __device__ float widen(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
   static __device__ uint16_t round(float x) { return __half_as_ushort(__float2half_rn(x)); }
 };
 
 struct Bfloat16 {
+  static constexpr bool kBfloat16 = true;
   static __device__ float widen(uint16_t bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
   static __device__ uint16_t round(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 };
 
-__device__ __forceinline__ void mma(Half, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ void mma(Bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// Loads the first `count` of 8 elements, zeros for the rest. Aligned: one 16-byte load, and count is 0 or 8. Streamed
-// data is used once and passes by L1. (No .nc: the previous kernel may still be running when this one starts, so not
-// even the weight is certain to be constant for all of this kernel's life.)
-template <bool kAligned, bool kStreamed>
-__device__ __forceinline__ Vector load(const uint16_t* from, int count) {
+// The first `count` of 8 elements from an aligned address, zeros for the rest: one load, and count is 0 or 8.
+template <bool kStreamed>
+__device__ __forceinline__ Vector load_vector(const uint16_t* from, int count) {
   Vector loaded{};
-  uint32_t (&x)[4] = loaded.pair;
-  if constexpr (!kAligned) {
+  load_16_bytes<kStreamed>(loaded.pair, from, count > 0);
+  return loaded;
+}
+
+// The same from any address, element by element.
+__device__ __forceinline__ Vector load_elements(const uint16_t* from, int count) {
+  Vector loaded{};
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      if (e < count) x[e / 2] |= static_cast<uint32_t>(from[e]) << (16 * (e % 2));
-    }
-  } else if constexpr (kStreamed) {
-    asm volatile(
-        "{ .reg .pred p; setp.gt.s32 p, %5, 0;\n\t"
-        "@p ld.global.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-        : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])
-        : "l"(from), "r"(count));
-  } else {
-    asm volatile(
-        "{ .reg .pred p; setp.gt.s32 p, %5, 0;\n\t"
-        "@p ld.global.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-        : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])
-        : "l"(from), "r"(count));
+  for (int e = 0; e < kVector; ++e) {
+    if (e < count) loaded.pair[e / 2] |= static_cast<uint32_t>(from[e]) << (16 * (e % 2));
   }
   return loaded;
 }
@@ -83,7 +79,7 @@ __device__ __forceinline__ void prefetch(const Weight& weight, Chunks chunks) {
     if (chunk >= chunks.last) return;
 #pragma unroll
     for (int v = 0; v < kLoads; ++v) {
-      if (weight.count(chunk, v) > 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(weight.at(chunk, v)));
+      if (weight.count(chunk, v) > 0) prefetch_to_l2(weight.at(chunk, v));
     }
   }
 }
@@ -95,10 +91,11 @@ struct Sums {
   float square[kColumns / 8];
 };
 
-// Adds this warp's chunks of the product weight * x^T, and of the sums of squares of x where they are wanted.
-template <class Element, int kColumns, bool kAligned, class Weight>
-__device__ __forceinline__ void stream(const Weight& weight, const Activations& x, Chunks chunks, bool squares,
-                                       Sums<kColumns>& sums) {
+// Adds this warp's chunks of the product weight * x^T, and of the sums of squares of x where they are wanted. All loads
+// of the weight are on their way before the first of x, which may have to be waited for element by element.
+template <class Element, int kColumns, bool kVectors, class Weight>
+__device__ __forceinline__ void stream_as(const Weight& weight, const Activations& x, Chunks chunks, bool squares,
+                                          Sums<kColumns>& sums) {
   constexpr int kBlocks8 = kColumns / 8;
   constexpr int kBatch = kMaxRows / kColumns;  // chunks in flight at once: what the registers hold
   for (int chunk = chunks.first + static_cast<int>(threadIdx.x / 32); chunk < chunks.last; chunk += kBatch * kWarps) {
@@ -106,15 +103,27 @@ __device__ __forceinline__ void stream(const Weight& weight, const Activations& 
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int next = chunk + j * kWarps;
-      const bool inside = next < chunks.last;
 #pragma unroll
       for (int v = 0; v < kLoads; ++v) {
-        loaded[j][v] = load<kAligned, true>(weight.at(next, v), inside ? weight.count(next, v) : 0);
+        const int count = next < chunks.last ? weight.count(next, v) : 0;
+        loaded[j][v] =
+            kVectors ? load_vector<true>(weight.at(next, v), count) : load_elements(weight.at(next, v), count);
       }
+    }
+    const auto load_x = [&](auto load) {
 #pragma unroll
-      for (int block = 0; block < kBlocks8; ++block) {
-        loaded_x[j][block] = load<kAligned, false>(x.at(next, block), inside ? x.count(next, block) : 0);
+      for (int j = 0; j < kBatch; ++j) {
+        const int next = chunk + j * kWarps;
+#pragma unroll
+        for (int block = 0; block < kBlocks8; ++block) {
+          loaded_x[j][block] = load(x.at(next, block), next < chunks.last ? x.count(next, block) : 0);
+        }
       }
+    };
+    if (x.vectors) {
+      load_x(load_vector<false>);
+    } else {
+      load_x(load_elements);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -128,7 +137,7 @@ __device__ __forceinline__ void stream(const Weight& weight, const Activations& 
           uint32_t a[4];
           Weight::fragment(loaded[j], step, i, a);
 #pragma unroll
-          for (int block = 0; block < kBlocks8; ++block) mma(Element(), sums.tile[i][block], a, b[block]);
+          for (int block = 0; block < kBlocks8; ++block) mma<Element::kBfloat16>(sums.tile[i][block], a, b[block]);
         }
       }
       if (squares) {
@@ -146,22 +155,33 @@ __device__ __forceinline__ void stream(const Weight& weight, const Activations& 
   }
 }
 
-// Where the warps' sums meet. A row's pitch is odd, so that lanes of different columns write to different banks.
+template <class Element, int kColumns, class Weight>
+__device__ __forceinline__ void stream(const Weight& weight, bool vectors, const Activations& x, Chunks chunks,
+                                       bool squares, Sums<kColumns>& sums) {
+  if (vectors) {
+    stream_as<Element, kColumns, true>(weight, x, chunks, squares, sums);
+  } else {
+    stream_as<Element, kColumns, false>(weight, x, chunks, squares, sums);
+  }
+}
+
+__device__ __forceinline__ void add(float4& to, const float4& x) { to.x += x.x, to.y += x.y, to.z += x.z, to.w += x.w; }
+
 template <int kColumns>
 struct Shared {
-  float tile[kWarps][kColumns][kTileRows + 1];
-  float square[kWarps][kColumns];
+  alignas(sizeof(float4)) float share[kWarps][share_cells(kColumns)];
 };
 
-// Adds up a tile over warps and splits, in order. True in the block that finishes the tile: shared.tile[0][m][slot] and
-// shared.square[0][m] then hold the sums.
+// Adds up a tile over warps and splits, in order. True in the block that finishes the tile: shared.share[0] then holds
+// the sums of the first M rows. From compute capability 9.0 on that is the cluster's first block, which reads the
+// others' shared memory; before, the last one to have left its share in the workspace.
 template <int kColumns, class Slot>
-__device__ __forceinline__ bool add_up(const Sums<kColumns>& sums, Slot slot, Shared<kColumns>& shared,
+__device__ __forceinline__ bool add_up(const Sums<kColumns>& sums, Slot slot, int M, Shared<kColumns>& shared,
                                        float* workspace, int32_t* counters) {
-  const int64_t tile = blockIdx.x, tiles = gridDim.x;
-  const int split = blockIdx.y, splits = gridDim.y;
-  const int warp = threadIdx.x / 32;
+  constexpr int kOwn = own_quads(kColumns);
+  const int split = blockIdx.y, splits = gridDim.y, cells = share_cells(M);
   const Lane lane = lane_of(threadIdx.x % 32);
+  float* warp = shared.share[threadIdx.x / 32];
 #pragma unroll
   for (int block = 0; block < kColumns / 8; ++block) {
 #pragma unroll
@@ -169,62 +189,86 @@ __device__ __forceinline__ bool add_up(const Sums<kColumns>& sums, Slot slot, Sh
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int m = 8 * block + accumulator_column(lane.member, c);
-        shared.tile[warp][m][slot(lane.group, i, accumulator_half(c))] = sums.tile[i][block][c];
+        if (m < M) warp[cell_of(m, slot(lane.group, i, accumulator_half(c)))] = sums.tile[i][block][c];
       }
     }
     float square = sums.square[block];
     square += __shfl_xor_sync(0xffffffff, square, 1);
     square += __shfl_xor_sync(0xffffffff, square, 2);
-    if (lane.member == 0) shared.square[warp][8 * block + lane.group] = square;
+    if (lane.member == 0) warp[cell_of(8 * block + lane.group, kSquare)] = square;
   }
   __syncthreads();
 
-  constexpr int kCells = kColumns * kTileRows / kThreads;  // of the tile, per thread
-  const int own_row = threadIdx.x / kTileRows, own_slot = threadIdx.x % kTileRows;
-  float cells[kCells], square = 0;
+  float4 own[kOwn];
 #pragma unroll
-  for (int j = 0; j < kCells; ++j) {
-    cells[j] = 0;
+  for (int j = 0; j < kOwn; ++j) {
+    own[j] = {};
+    if (own_quad(threadIdx.x, j) >= cells) continue;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) cells[j] += shared.tile[w][own_row + j * (kThreads / kTileRows)][own_slot];
+    for (int w = 0; w < kWarps; ++w) {
+      add(own[j], *reinterpret_cast<const float4*>(&shared.share[w][own_quad(threadIdx.x, j)]));
+    }
   }
-  if (threadIdx.x < kColumns) {
+  // The first warp's share becomes the block's, and then the tile's: no other thread reads this one's quads of it.
+  const auto quad = [&](int j) { return reinterpret_cast<float4*>(&shared.share[0][own_quad(threadIdx.x, j)]); };
+  const auto keep = [&] {
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) square += shared.square[w][threadIdx.x];
-  }
+    for (int j = 0; j < kOwn; ++j) {
+      if (own_quad(threadIdx.x, j) < cells) *quad(j) = own[j];
+    }
+  };
 
+#if __CUDA_ARCH__ >= 900
   if (splits > 1) {
-    float* tile_shares = workspace + tile * splits * kColumns * kTileRows;
-    float* square_shares = workspace + (tiles * kTileRows + tile) * splits * kColumns;
-#pragma unroll
-    for (int j = 0; j < kCells; ++j) tile_shares[split * kColumns * kTileRows + j * kThreads + threadIdx.x] = cells[j];
-    if (threadIdx.x < kColumns) square_shares[split * kColumns + threadIdx.x] = square;
-    if (!arrives_last(counters + tile, splits)) return false;
-#pragma unroll
-    for (int j = 0; j < kCells; ++j) {
-      cells[j] = 0;
-      for (int s = 0; s < splits; ++s)
-        cells[j] += __ldcg(tile_shares + s * kColumns * kTileRows + j * kThreads + threadIdx.x);
+    keep();
+    cluster_arrive<true>();
+    cluster_wait();
+    if (split > 0) {
+      cluster_arrive<false>();
+      cluster_wait();  // until the first block has read: a block's shared memory ends with it
+      return false;
     }
-    if (threadIdx.x < kColumns) {
-      square = 0;
-      for (int s = 0; s < splits; ++s) square += __ldcg(square_shares + s * kColumns + threadIdx.x);
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const bool mine = own_quad(threadIdx.x, j) < cells;
+      own[j] = {};
+#pragma unroll
+      for (int rank = 0; rank < kMaxSplits; ++rank) add(own[j], load_from(rank, quad(j), mine && rank < splits));
     }
   }
-
-  // Slots of warp 0 that no other thread reads: each thread writes back what it alone has added up.
-#pragma unroll
-  for (int j = 0; j < kCells; ++j) shared.tile[0][own_row + j * (kThreads / kTileRows)][own_slot] = cells[j];
-  if (threadIdx.x < kColumns) shared.square[0][threadIdx.x] = square;
+  keep();
   __syncthreads();
+  if (splits > 1) cluster_arrive<false>();  // everything that was read has arrived and has been added
+#else
+  if (splits > 1) {
+    constexpr int kShare = share_cells(kColumns);
+    float* shares = workspace + static_cast<int64_t>(blockIdx.x) * splits * kShare;
+    const auto quad_in = [&](int s, int j) {
+      return reinterpret_cast<float4*>(shares + s * kShare + own_quad(threadIdx.x, j));
+    };
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (own_quad(threadIdx.x, j) < cells) *quad_in(split, j) = own[j];
+    }
+    if (!arrives_last(counters + blockIdx.x, splits)) return false;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      own[j] = {};
+      if (own_quad(threadIdx.x, j) >= cells) continue;
+      for (int s = 0; s < splits; ++s) add(own[j], __ldcg(quad_in(s, j)));
+    }
+  }
+  keep();
+  __syncthreads();
+#endif
   return true;
 }
 
 // The host's side: what both launchers check.
 inline int check_decode(int M, int64_t tiles, int K, int dtype, sgf_cuda_plan plan, int64_t workspace_cells,
                         int64_t counter_cells, const float* workspace, const int32_t* counters) {
-  if (M < 1 || M > kMaxRows || tiles < 1 || tiles > INT32_MAX || K < 1 || K > kMaxWidth || plan.splits < 1 ||
-      plan.splits > kMaxSplits || (dtype != SGF_FLOAT16 && dtype != SGF_BFLOAT16)) {
+  if (M < 1 || M > kMaxRows || tiles < 1 || tiles > INT32_MAX || K < 1 || K > kMaxWidth || !is_cluster(plan.splits) ||
+      (dtype != SGF_FLOAT16 && dtype != SGF_BFLOAT16)) {
     return SGF_CUDA_BAD_ARGUMENT;
   }
   const bool missing = (workspace_cells > 0 && workspace == nullptr) || (counter_cells > 0 && counters == nullptr);
@@ -232,13 +276,18 @@ inline int check_decode(int M, int64_t tiles, int K, int dtype, sgf_cuda_plan pl
   return missing || short_of ? SGF_CUDA_WORKSPACE : SGF_OK;
 }
 
-// True where every row of a matrix consists of whole, aligned 16-byte vectors.
-inline bool vectors(const void* matrix, int64_t stride, int64_t width) {
-  return reinterpret_cast<uintptr_t>(matrix) % sizeof(Vector) == 0 && stride % kVector == 0 && width % kVector == 0;
+inline Matrix matrix(const void* data, int64_t stride, int64_t rows, int64_t columns) {
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(Vector) == 0;
+  return {static_cast<const uint16_t*>(data), stride,
+          aligned && columns % kVector == 0 && (rows == 1 || stride % kVector == 0)};
 }
 
-inline dim3 decode_grid(int64_t tiles, sgf_cuda_plan plan) {
-  return dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(plan.splits));
+// A block per tile and split; the splits of a tile are a cluster.
+template <class Arguments>
+int launch_decode(void (*kernel)(Arguments), int64_t tiles, sgf_cuda_plan plan, void* stream,
+                  const Arguments& arguments) {
+  const auto splits = static_cast<unsigned>(plan.splits);
+  return launch(kernel, {dim3(static_cast<unsigned>(tiles), splits), kThreads, 0, dim3(1, splits)}, stream, arguments);
 }
 
 }  // namespace sgf::decode

@@ -36,11 +36,19 @@ constexpr int kHalfRows = kTileRows / 2;
 constexpr int kChunk = 32;  // k
 constexpr int kBlocks16 = kTileRows / 16;
 constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
 constexpr int kLoads = 8;   // of 16 bytes per lane and chunk
 constexpr int kVector = 8;  // elements of 16 bits in one load
 
 struct Vector {
   uint32_t pair[4];
+};
+
+// A row-major matrix of 16-bit elements. `vectors`: each of its rows consists of whole, aligned 16-byte vectors.
+struct Matrix {
+  const uint16_t* data;
+  int64_t stride;
+  bool vectors;
 };
 
 struct Lane {
@@ -117,20 +125,20 @@ struct KMajor {
   }
 };
 
-SGF_INLINE KMajor halves_of(const uint16_t* weight, int64_t stride, int K, const NormTile& tile, Lane lane) {
-  const uint16_t* origin = weight + 4 * lane.group * stride + lane.member * kVector;
-  return {{origin + tile.first[0] * stride, origin + tile.first[1] * stride},
+SGF_INLINE KMajor halves_of(const Matrix& weight, int K, const NormTile& tile, Lane lane) {
+  const uint16_t* origin = weight.data + 4 * lane.group * weight.stride + lane.member * kVector;
+  return {{origin + tile.first[0] * weight.stride, origin + tile.first[1] * weight.stride},
           {clamp(tile.count[0] - 4 * lane.group, kBlocks16), clamp(tile.count[1] - 4 * lane.group, kBlocks16)},
-          stride,
+          weight.stride,
           K - lane.member * kVector};
 }
 
-SGF_INLINE KMajor runs_of(const uint16_t* weight, int64_t stride, int64_t n, int K, int64_t tile, Lane lane) {
+SGF_INLINE KMajor runs_of(const Matrix& weight, int64_t n, int K, int64_t tile, Lane lane) {
   const int64_t row = tile * kTileRows + 8 * lane.group;
-  const uint16_t* origin = weight + row * stride + lane.member * kVector;
-  return {{origin, origin + stride},
+  const uint16_t* origin = weight.data + row * weight.stride + lane.member * kVector;
+  return {{origin, origin + weight.stride},
           {clamp((n - row + 1) / 2, kBlocks16), clamp((n - row) / 2, kBlocks16)},
-          2 * stride,
+          2 * weight.stride,
           K - lane.member * kVector};
 }
 
@@ -153,9 +161,10 @@ struct NMajor {
   }
 };
 
-SGF_INLINE NMajor columns_of(const uint16_t* S, int64_t stride, int64_t n, int K, int64_t tile, Lane lane) {
+SGF_INLINE NMajor columns_of(const Matrix& S, int64_t n, int K, int64_t tile, Lane lane) {
   const int64_t first = tile * kTileRows + 8 * lane.group;
-  return {S + first + lane.member * kVector * stride, stride, clamp(n - first, kVector), K - lane.member * kVector};
+  return {S.data + first + lane.member * kVector * S.stride, S.stride, clamp(n - first, kVector),
+          K - lane.member * kVector};
 }
 
 // One lane's share of the activations x [M, K]: load `block` of a chunk is row 8 block + group.
@@ -164,6 +173,7 @@ struct Activations {
   int rows;             // how many blocks have this row
   int64_t step;         // elements from block to block
   int K;
+  bool vectors;
 
   SGF_INLINE const uint16_t* at(int chunk, int block) const { return row + block * step + chunk * kChunk; }
   SGF_INLINE int count(int chunk, int block) const { return block < rows ? clamp(K - chunk * kChunk, kVector) : 0; }
@@ -173,9 +183,9 @@ struct Activations {
   }
 };
 
-SGF_INLINE Activations activations_of(const uint16_t* x, int64_t stride, int M, int K, Lane lane) {
-  return {x + lane.group * stride + lane.member * kVector, clamp((M - lane.group + 7) / 8, 2), 8 * stride,
-          K - lane.member * kVector};
+SGF_INLINE Activations activations_of(const Matrix& x, int M, int K, Lane lane) {
+  return {x.data + lane.group * x.stride + lane.member * kVector, clamp((M - lane.group + 7) / 8, 2), 8 * x.stride,
+          K - lane.member * kVector, x.vectors};
 }
 
 // The chunks of one split: [first, last). Warp w of the block takes first + w, first + w + kWarps, ...
@@ -190,8 +200,6 @@ SGF_INLINE Chunks chunks_of(int chunks, int split, int splits) {
   return {split * each, split * each + each < chunks ? split * each + each : chunks};
 }
 
-SGF_INLINE constexpr int padded_rows(int M) { return M <= 8 ? 8 : 16; }
-
 constexpr int kBlocksPerSm = 2;  // at once, which leaves a thread 128 registers
 
 // A split's chunks of the first operand pair, which has `chunks1` of them, and those of the second one, from its start.
@@ -203,28 +211,58 @@ SGF_INLINE Chunks after(Chunks chunks, int chunks1) {
   return {chunks.first > chunks1 ? chunks.first - chunks1 : 0, chunks.last - chunks1};
 }
 
-// How many blocks share one tile's chunks: the cheapest under a model that has not been measured yet. A last wave of
-// less than a block per SM does not saturate memory; each block costs kBlockOverhead chunks for starting and adding up.
-constexpr int kMaxSplits = 16;
+// A share is what a warp or a block has summed of a tile: rows of kTileRows slots, and behind each the activations' sum
+// of squares in one more cell, which makes the pitch odd and rows start in different banks. Shares are added up in
+// order, first the warps' in shared memory, then the splits'. Through both sums a thread owns every kThreads-th quad of
+// cells; the last quad of M rows may reach into the next row, which means nothing there.
+constexpr int kPitch = kTileRows + 1;
+constexpr int kSquare = kTileRows;  // its slot
+
+SGF_INLINE constexpr int padded_rows(int M) { return M <= 8 ? 8 : 16; }
+
+SGF_INLINE constexpr int share_cells(int rows) { return rows * kPitch; }
+
+SGF_INLINE constexpr int cell_of(int m, int slot) { return m * kPitch + slot; }
+
+constexpr int kQuad = 4;
+
+SGF_INLINE constexpr int own_quads(int rows) { return (share_cells(rows) / kQuad + kThreads - 1) / kThreads; }
+
+SGF_INLINE constexpr int own_quad(int thread, int j) { return kQuad * (thread + j * kThreads); }
+
+// fp32 cells of the workspace in which the splits' shares meet, [tiles][splits], where blocks form no clusters. A
+// single split needs none.
+SGF_INLINE int64_t shares_cells(int64_t tiles, int splits, int M) {
+  return splits > 1 ? tiles * splits * share_cells(padded_rows(M)) : 0;
+}
+
+// Once a tile is added up, a thread finishes the rows that own_row numbers, in one slot.
+SGF_INLINE constexpr int own_rows(int rows) { return rows * kTileRows / kThreads; }
+
+SGF_INLINE constexpr int own_row(int thread, int j) { return thread / kTileRows + j * (kThreads / kTileRows); }
+
+SGF_INLINE constexpr int own_slot(int thread) { return thread % kTileRows; }
+
+// How many blocks share one tile's chunks, a power of two so that they can form a cluster: the cheapest under a model
+// that has not been measured yet. A last wave of less than a block per SM does not saturate memory, nor one of less
+// than two for more than 8 rows, which leave registers for half the loads. Each block costs kBlockOverhead chunks for
+// starting and adding up.
+constexpr int kMaxSplits = 8;  // the largest cluster that every GPU with clusters takes
 constexpr int kBlockOverhead = 16;
 
-inline int choose_splits(int64_t tiles, int chunks, int sms) {
-  const int64_t slots = kBlocksPerSm * sms;
+SGF_INLINE bool is_cluster(int splits) { return splits >= 1 && splits <= kMaxSplits && (splits & (splits - 1)) == 0; }
+
+inline int choose_splits(int64_t tiles, int chunks, int M, int sms) {
+  const int64_t slots = kBlocksPerSm * sms, saturating = M <= 8 ? sms : slots;
   int best = 1;
   int64_t best_cost = INT64_MAX;
-  for (int splits = 1; splits <= kMaxSplits && (splits == 1 || splits * kWarps <= chunks); ++splits) {
+  for (int splits = 1; splits <= kMaxSplits && (splits == 1 || splits * kWarps <= chunks); splits *= 2) {
     const int64_t blocks = tiles * splits, tail = blocks % slots;
-    const int64_t streamed = blocks - tail + (tail == 0 ? 0 : tail > sms ? tail : sms);
+    const int64_t streamed = blocks - tail + (tail == 0 ? 0 : tail > saturating ? tail : saturating);
     const int64_t cost = streamed * (ceil_div(chunks, splits) + kBlockOverhead);
     if (cost < best_cost) best = splits, best_cost = cost;
   }
   return best;
-}
-
-// fp32 cells of the workspace: [tiles][splits] shares of a tile, padded to 8 or 16 rows of activations, and after them
-// one sum of squares per row and share. A single split needs none.
-SGF_INLINE int64_t shares_cells(int64_t tiles, int splits, int M) {
-  return splits > 1 ? tiles * splits * padded_rows(M) * (kTileRows + 1) : 0;
 }
 
 }  // namespace sgf::decode

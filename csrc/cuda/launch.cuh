@@ -5,6 +5,7 @@
 
 #include <initializer_list>
 
+#include "cuda/instructions.cuh"
 #include "slicegpt_fast.h"
 
 namespace sgf {
@@ -24,52 +25,53 @@ inline int check_pointers(std::initializer_list<const void*> pointers, uintptr_t
   return SGF_OK;
 }
 
-// Launches with programmatic dependent launch where the code that will run knows how to wait for the kernel before it:
-// code made for compute capability 9.0 and later, which is when wait_for_previous() becomes an instruction.
-template <class... Parameters>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, const Parameters&... parameters) {
+struct Launch {
+  dim3 grid, threads;
+  int shared_bytes = 0;  // beyond what the kernel declares
+  dim3 cluster = 1;
+};
+
+// Launches in clusters, and with programmatic dependent launch, where the code that will run was made for it: for
+// compute capability 9.0 and later, which is when wait_for_previous() becomes an instruction; every kernel calls it.
+// The GPU does not decide: it may be running code for 8.0, which must not count on either.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), const Launch& how, void* stream, const Arguments&... arguments) {
   cudaFuncAttributes attributes;
   if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes)) {
+    return error;
+  }
+  cudaLaunchAttribute hopper[2]{};
+  hopper[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  hopper[0].val.programmaticStreamSerializationAllowed = 1;
+  hopper[1].id = cudaLaunchAttributeClusterDimension;
+  hopper[1].val.clusterDim.x = how.cluster.x;
+  hopper[1].val.clusterDim.y = how.cluster.y;
+  hopper[1].val.clusterDim.z = how.cluster.z;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
+  config.gridDim = how.grid;
+  config.blockDim = how.threads;
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
+  config.attrs = hopper;
+  config.numAttrs = attributes.ptxVersion >= 90 ? 2 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   const cudaError_t last = cudaGetLastError();  // also clears it: the caller gets the error once
   return error != cudaSuccess ? error : last;
 }
 
-// Lets the next kernel's blocks start as soon as this one's stop needing the SMs.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-// Returns once the kernel before this one has ended and its stores are visible. Until then a kernel may only prefetch.
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // Counts this block in; true in all threads of the last of `blocks`, which then sees what the others stored, if it
 // reads past L1. The counter is zero again afterwards. Sums stay deterministic: they are added by one block, in order.
+// One thread's release and acquire stand for its block: the barriers on both sides pass on what they order.
 __device__ __forceinline__ bool arrives_last(int32_t* counter, int32_t blocks) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = atomicAdd(counter, 1) == blocks - 1;
+    last = count_in(counter) == blocks - 1;
     if (last) *counter = 0;
   }
   __syncthreads();
-  __threadfence();
   return last;
 }
 

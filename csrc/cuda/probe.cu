@@ -1,8 +1,6 @@
 // Answers two questions about this build: which compiler made the device code, and which of its architectures a GPU
 // runs.
-#include <cuda_runtime.h>
-
-#include "slicegpt_fast.h"
+#include "cuda/launch.cuh"
 
 #define SGF_STRING_(x) #x
 #define SGF_STRING(x) SGF_STRING_(x)
@@ -10,6 +8,7 @@
 namespace {
 
 __global__ void probe(int32_t* out) {
+  sgf::wait_for_previous();
 #ifdef __CUDA_ARCH__
   if (threadIdx.x == 0) {
     out[0] = static_cast<int32_t>(blockDim.x);
@@ -28,6 +27,5 @@ const char* sgf_cuda_compiler(void) {
 const char* sgf_cuda_status_text(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
 int sgf_cuda_probe(int32_t* out, int threads, void* stream) {
-  probe<<<1, threads, 0, static_cast<cudaStream_t>(stream)>>>(out);
-  return cudaGetLastError();
+  return sgf::launch(probe, {1, static_cast<unsigned>(threads)}, stream, out);
 }

@@ -10,10 +10,11 @@
 // of its own. S is read as it lies, along k or along n (decode.h). The block that finishes a tile writes it and leaves
 // its rows' squares in the workspace; the last tile of all to be finished adds those in the tiles' order.
 //
+//     Waves  264 blocks at once on 132 SMs. n = 3072 or 2872 is 48 or 45 tiles in 4 splits: 192 or 180 blocks at once
 //     Bytes  2 n (k + d)
 //     FLOPs  2 n (k + d) times M rounded up to 8 or 16
 //     Floor  at n=3072, k=11008, dense S, one H200 (4.3 TB/s copy): 20.1 us
-//     Share  not yet measured
+//     Share  not yet measured; predicted 0.9, and 0.8 at k=4096 (10.2 us): 2 us to start, add up and add the squares
 #include "cuda/decode.cuh"
 
 namespace {
@@ -21,15 +22,11 @@ namespace {
 using namespace sgf::decode;
 
 struct Arguments {
-  const uint16_t* a;
-  const uint16_t* weight;
-  const uint16_t* a2;
-  const uint16_t* weight2;
+  Matrix a, weight, a2, weight2, residual;
   const uint16_t* bias;
-  const uint16_t* residual;
   uint16_t* y;
   float* sumsq;
-  int64_t stride_a, stride_weight, stride_a2, stride_weight2, stride_residual, stride_y, n;
+  int64_t stride_y, n;
   int M, K, K2;
   bool weight2_along_n;
   float* squares;  // [tiles][padded rows], after the shares
@@ -52,67 +49,77 @@ __device__ void add_squares(const float* squares, int64_t tiles, int M, float* s
   if (m < M && threadIdx.x % kLanes == 0) sumsq[m] = total;
 }
 
-template <class Element, int kColumns, bool kAligned>
+template <class Element, int kColumns>
 __global__ __launch_bounds__(kThreads, kBlocksPerSm) void residual_linear_decode(Arguments p) {
   __shared__ Shared<kColumns> shared;
+  __shared__ float squares[kTileRows / 32][kColumns];  // of each warp's columns
   const int64_t tile = blockIdx.x;
   const int chunks1 = chunks_in(p.K);
   const Chunks chunks = chunks_of(chunks1 + chunks_in(p.K2), blockIdx.y, gridDim.y);
   const Chunks first = before(chunks, chunks1), second = after(chunks, chunks1);
   const Lane lane = lane_of(threadIdx.x % 32);
-  const KMajor weight = runs_of(p.weight, p.stride_weight, p.n, p.K, tile, lane);
+  const KMajor weight = runs_of(p.weight, p.n, p.K, tile, lane);
+
+  const auto with_weight2 = [&](auto use) {
+    if (p.weight2_along_n) {
+      use(columns_of(p.weight2, p.n, p.K2, tile, lane));
+    } else {
+      use(runs_of(p.weight2, p.n, p.K2, tile, lane));
+    }
+  };
 
   sgf::let_next_start();
   prefetch(weight, first);
+  with_weight2([&](const auto& weight2) { prefetch(weight2, second); });
   sgf::wait_for_previous();
 
   Sums<kColumns> sums{};
-  const Activations a = activations_of(p.a, p.stride_a, p.M, p.K, lane);
-  stream<Element, kColumns, kAligned>(weight, a, first, false, sums);
+  const Activations a = activations_of(p.a, p.M, p.K, lane);
+  stream<Element>(weight, p.weight.vectors, a, first, false, sums);
   if (second.first < second.last) {
-    const Activations a2 = activations_of(p.a2, p.stride_a2, p.M, p.K2, lane);
-    if (p.weight2_along_n) {
-      const NMajor weight2 = columns_of(p.weight2, p.stride_weight2, p.n, p.K2, tile, lane);
-      stream<Element, kColumns, kAligned>(weight2, a2, second, false, sums);
-    } else {
-      const KMajor weight2 = runs_of(p.weight2, p.stride_weight2, p.n, p.K2, tile, lane);
-      stream<Element, kColumns, kAligned>(weight2, a2, second, false, sums);
-    }
+    const Activations a2 = activations_of(p.a2, p.M, p.K2, lane);
+    with_weight2([&](const auto& weight2) { stream<Element>(weight2, p.weight2.vectors, a2, second, false, sums); });
   }
-  if (!add_up(sums, runs_slot, shared, p.workspace, p.counters)) return;
 
-  const int slot = threadIdx.x % kTileRows;
+  // What the end needs comes while the tile is added up.
+  const int slot = own_slot(threadIdx.x);
   const int64_t column = tile * kTileRows + slot;
-  for (int m = threadIdx.x / kTileRows; m < p.M; m += kThreads / kTileRows) {
+  const float bias = p.bias != nullptr && column < p.n ? Element::widen(p.bias[column]) : 0;
+  float residual[own_rows(kColumns)];
+#pragma unroll
+  for (int j = 0; j < own_rows(kColumns); ++j) {
+    const int m = own_row(threadIdx.x, j);
+    const bool there = p.residual.data != nullptr && m < p.M && column < p.n;
+    residual[j] = there ? Element::widen(p.residual.data[m * p.residual.stride + column]) : 0;
+  }
+  if (!add_up(sums, runs_slot, p.M, shared, p.workspace, p.counters)) return;
+
+#pragma unroll
+  for (int j = 0; j < own_rows(kColumns); ++j) {
+    const int m = own_row(threadIdx.x, j);
     float square = 0;
-    if (column < p.n) {
-      float value = shared.tile[0][m][slot];
-      if (p.bias != nullptr) value += Element::widen(p.bias[column]);
-      if (p.residual != nullptr) value += Element::widen(p.residual[m * p.stride_residual + column]);
-      const uint16_t rounded = Element::round(value);
+    if (m < p.M && column < p.n) {
+      const uint16_t rounded = Element::round(shared.share[0][cell_of(m, slot)] + bias + residual[j]);
       p.y[m * p.stride_y + column] = rounded;
       square = Element::widen(rounded) * Element::widen(rounded);
     }
     // A row's 64 columns are two warps.
 #pragma unroll
     for (int apart = 16; apart > 0; apart /= 2) square += __shfl_xor_sync(0xffffffff, square, apart);
-    if (threadIdx.x % 32 == 0) shared.square[slot / 32][m] = square;
+    if (threadIdx.x % 32 == 0) squares[slot / 32][m] = square;
   }
   __syncthreads();
   if (threadIdx.x < p.M) {
-    p.squares[tile * kColumns + threadIdx.x] = shared.square[0][threadIdx.x] + shared.square[1][threadIdx.x];
+    p.squares[tile * kColumns + threadIdx.x] = squares[0][threadIdx.x] + squares[1][threadIdx.x];
   }
   if (!sgf::arrives_last(p.counters + gridDim.x, gridDim.x)) return;
   add_squares<kColumns>(p.squares, gridDim.x, p.M, p.sumsq);
 }
 
-// [dtype is bf16][more than 8 rows][rows of 16-byte vectors]
-constexpr void (*kKernels[2][2][2])(Arguments) = {
-    {{residual_linear_decode<Half, 8, false>, residual_linear_decode<Half, 8, true>},
-     {residual_linear_decode<Half, 16, false>, residual_linear_decode<Half, 16, true>}},
-    {{residual_linear_decode<Bfloat16, 8, false>, residual_linear_decode<Bfloat16, 8, true>},
-     {residual_linear_decode<Bfloat16, 16, false>, residual_linear_decode<Bfloat16, 16, true>}},
-};
+// [dtype is bf16][more than 8 rows]
+constexpr void (*kKernels[2][2])(Arguments) = {
+    {residual_linear_decode<Half, 8>, residual_linear_decode<Half, 16>},
+    {residual_linear_decode<Bfloat16, 8>, residual_linear_decode<Bfloat16, 16>}};
 
 int64_t workspace_cells(int64_t tiles, int splits, int M) {
   return shares_cells(tiles, splits, M) + tiles * padded_rows(M);
@@ -122,7 +129,7 @@ int64_t workspace_cells(int64_t tiles, int splits, int M) {
 
 sgf_cuda_plan sgf_cuda_residual_linear_plan(int M, int64_t n, int K, int K2, int sms) {
   const int64_t tiles = ceil_div(n, kTileRows);
-  const int splits = choose_splits(tiles, chunks_in(K) + chunks_in(K2), sms);
+  const int splits = choose_splits(tiles, chunks_in(K) + chunks_in(K2), M, sms);
   return {splits, workspace_cells(tiles, splits, M), tiles + 1};
 }
 
@@ -143,32 +150,25 @@ int sgf_cuda_residual_linear(const void* a, int64_t stride_a, const void* weight
   if (const int status = sgf::check_pointers({a, weight, a2, weight2, bias, residual, y}, sizeof(uint16_t))) {
     return status;
   }
-  if (const int status = sgf::check_pointers({sumsq, workspace, counters}, sizeof(float))) return status;
-  const bool aligned =
-      vectors(a, stride_a, K) && vectors(weight, stride_weight, K) &&
-      (K2 == 0 || (vectors(a2, stride_a2, K2) && vectors(weight2, stride_weight2, weight2_along_n != 0 ? n : K2)));
-  const Arguments arguments{static_cast<const uint16_t*>(a),
-                            static_cast<const uint16_t*>(weight),
-                            static_cast<const uint16_t*>(a2),
-                            static_cast<const uint16_t*>(weight2),
+  if (const int status = sgf::check_pointers({sumsq, counters}, sizeof(float))) return status;
+  if (const int status = sgf::check_pointers({workspace}, sizeof(float4))) return status;
+  const bool along_n = weight2_along_n != 0;
+  const Arguments arguments{matrix(a, stride_a, M, K),
+                            matrix(weight, stride_weight, n, K),
+                            matrix(a2, stride_a2, M, K2),
+                            matrix(weight2, stride_weight2, along_n ? K2 : n, along_n ? n : K2),
+                            matrix(residual, stride_residual, M, n),
                             static_cast<const uint16_t*>(bias),
-                            static_cast<const uint16_t*>(residual),
                             static_cast<uint16_t*>(y),
                             sumsq,
-                            stride_a,
-                            stride_weight,
-                            stride_a2,
-                            stride_weight2,
-                            stride_residual,
                             stride_y,
                             n,
                             M,
                             K,
                             K2,
-                            weight2_along_n != 0,
+                            along_n,
                             workspace + shares_cells(tiles, plan.splits, M),
                             workspace,
                             counters};
-  return sgf::launch(kKernels[dtype == SGF_BFLOAT16][M > 8][aligned], decode_grid(tiles, plan), kThreads, stream,
-                     arguments);
+  return launch_decode(kKernels[dtype == SGF_BFLOAT16][M > 8], tiles, plan, stream, arguments);
 }

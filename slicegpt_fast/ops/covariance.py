@@ -94,4 +94,4 @@ OP = Op(
 )
 OP.add_backend("cpu", cpu.covariance_, cpu.refuses)
 OP.add_backend("triton", _triton, triton_refuses)
-OP.add_backend("cuda", _cuda, cuda.covariance_refuses)
+OP.add_backend("cuda", _cuda, cuda.hopper_refuses)

@@ -1,14 +1,14 @@
 """The ``cuda`` backend: from tensors to the kernels of csrc/cuda.
 
-They are ``norm_linear`` and ``residual_linear`` for at most 16 rows, and ``covariance_`` on Hopper. ``auto`` chooses
-none of them yet: they have not been measured.
+They are ``norm_linear`` and ``residual_linear``, for more than 16 rows on Hopper alone, and ``covariance_`` on Hopper.
+``auto`` chooses none of them yet: they have not been measured.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from slicegpt_fast import _C
 from slicegpt_fast.counters import counters
 from slicegpt_fast.memory import address, rows, rows_at, vector
 from slicegpt_fast.native import ACTIVATIONS, DTYPES, build_info
-from slicegpt_fast.ops.dispatch import HALF, Request
+from slicegpt_fast.ops.dispatch import DECODE_ROWS, HALF, Request
 
 PREPARED_TOKENS = 16384  # bounds the copies of x that a row scale, a mask or a misaligned x calls for
 
@@ -35,18 +35,18 @@ def refuses(request: Request) -> str | None:
     return None
 
 
-def decode_refuses(request: Request) -> str | None:
-    """Why the decode kernels cannot run ``request``, or None."""
-    return refuses(request) or ("it has no kernel for more than 16 rows" if request.regime != "decode" else None)
-
-
-def covariance_refuses(request: Request) -> str | None:
-    """Why the covariance kernel cannot run ``request``, or None."""
+def hopper_refuses(request: Request) -> str | None:
+    """Why a kernel for Hopper alone cannot run ``request``, or None."""
     if refusal := refuses(request):
         return refusal
     if request.capability != (9, 0):
         return "it has a kernel for compute capability 9.0 only"
     return None if "90a" in build_info().cuda_archs else "slicegpt-fast was built without the architecture 90a"
+
+
+def linear_refuses(request: Request) -> str | None:
+    """Why the kernels of the linear ops cannot run ``request``, or None: more than 16 rows are for Hopper."""
+    return refuses(request) if request.regime == "decode" else hopper_refuses(request)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -83,6 +83,18 @@ def covariance_(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor |
             )  # fmt: skip
 
 
+@overload
+def copyable(x: Tensor) -> Tensor: ...
+@overload
+def copyable(x: Tensor | None) -> Tensor | None: ...
+def copyable(x: Tensor | None) -> Tensor | None:
+    """``x`` where its rows start on 16 bytes, as the copy engine needs them, else a copy in rows padded to that."""
+    if x is None or (x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]):
+        return x
+    M, width = x.shape
+    return x.new_empty(M, -(-width // 8) * 8)[:, :width].copy_(x)
+
+
 def norm_linear(
     h: Tensor,
     weight: Tensor,
@@ -93,12 +105,24 @@ def norm_linear(
     activation: str | None,
     unscaled: int,
 ) -> Tensor:
-    """The op, for at most 16 rows and an h and a weight with elements."""
+    """The op, for an h and a weight with elements."""
     h, weight = rows(h), rows(weight)
     bias, sumsq = vector(bias), vector(sumsq)
     (M, K), scaled = h.shape, weight.shape[0] - unscaled
     y = h.new_empty(M, (scaled // 2 if activation == "silu_gate" else scaled) + unscaled)
     sizes, code = (M, scaled, unscaled, K), ACTIVATIONS[activation]
+    if M > DECODE_ROWS:
+        h, weight = copyable(h), copyable(weight)
+        with on(h.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            if sumsq is None and scaled:
+                sumsq = torch.empty(M, dtype=torch.float32, device=h.device)
+                _C.cuda_row_squares(*rows_at(h), M, K, sumsq.data_ptr(), DTYPES[h.dtype], stream)
+            _C.cuda_norm_linear_prefill(
+                *rows_at(h), *rows_at(weight), address(bias), address(sumsq), *rows_at(y),
+                *sizes, eps, 1.0 / full_width, code, DTYPES[h.dtype], multiprocessors(h.device), stream,
+            )  # fmt: skip
+        return y
     plan = _C.cuda_norm_linear_plan(*sizes, code, multiprocessors(h.device))
     workspace = torch.empty(plan[1], dtype=torch.float32, device=h.device)
     with on(h.device):
@@ -113,7 +137,7 @@ def norm_linear(
 def residual_linear(
     a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The op, for at most 16 rows and an a and a weight with elements."""
+    """The op, for an a and a weight with elements."""
     a, weight, residual, bias = rows(a), rows(weight), rows(residual), vector(bias)
     (M, K), n = a.shape, weight.shape[0]
     along_n = True
@@ -126,6 +150,17 @@ def residual_linear(
     y = a.new_empty(M, n)
     sumsq = torch.empty(M, dtype=torch.float32, device=a.device)
     sizes = (M, n, K, 0 if a2 is None else a2.shape[1])
+    if M > DECODE_ROWS:
+        a, weight, a2, weight2 = copyable(a), copyable(weight), copyable(a2), copyable(weight2)
+        cells = _C.cuda_residual_linear_prefill_workspace(M, n)
+        workspace = torch.empty(cells, dtype=torch.float32, device=a.device)
+        with on(a.device):
+            _C.cuda_residual_linear_prefill(
+                *rows_at(a), *rows_at(weight), *rows_at(a2), *rows_at(weight2), along_n,
+                address(bias), *rows_at(residual), *rows_at(y), sumsq.data_ptr(), *sizes, DTYPES[a.dtype],
+                multiprocessors(a.device), workspace.data_ptr(), cells, torch.cuda.current_stream().cuda_stream,
+            )  # fmt: skip
+        return y, sumsq
     plan = _C.cuda_residual_linear_plan(*sizes, multiprocessors(a.device))
     workspace = torch.empty(plan[1], dtype=torch.float32, device=a.device)
     with on(a.device):

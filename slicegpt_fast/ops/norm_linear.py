@@ -161,4 +161,4 @@ OP = Op(
 )
 OP.add_backend("cpu", cpu.norm_linear, cpu.refuses)
 OP.add_backend("triton", _triton, triton_refuses)
-OP.add_backend("cuda", _cuda, cuda.decode_refuses)
+OP.add_backend("cuda", _cuda, cuda.linear_refuses)

@@ -133,4 +133,4 @@ OP = Op(
 )
 OP.add_backend("cpu", cpu.residual_linear, cpu.refuses)
 OP.add_backend("triton", _triton, triton_refuses)
-OP.add_backend("cuda", _cuda, cuda.decode_refuses)
+OP.add_backend("cuda", _cuda, cuda.linear_refuses)

@@ -8,6 +8,7 @@
 #include <vector>
 
 using namespace sgf::covariance;
+using namespace sgf::hopper;
 
 namespace {
 
@@ -72,8 +73,8 @@ void covariance(int64_t N, int64_t D, int64_t splits) {
           if (arrived[rank] != kStepBytes) fail("bytes of a step", arrived[rank], kStepBytes);
           for (int group = 0; group < 2; ++group) {
             for (int k16 = 0; k16 < kStep / 16; ++k16) {
-              const uint64_t a = descriptor(group * kBlockBytes + k16 * kSixteenTokens);
-              const uint64_t b = descriptor(kColumnsOffset + k16 * kSixteenTokens);
+              const uint64_t a = operand(group * kBlockBytes + k16 * kSixteenRows);
+              const uint64_t b = operand(kColumnsOffset + k16 * kSixteenRows);
               for (int k = 0; k < 16; ++k) {
                 for (int m = 0; m < 64; ++m) {
                   const int64_t left = read(shared[rank], a, m, k);

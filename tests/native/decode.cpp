@@ -11,7 +11,7 @@ using namespace sgf::decode;
 
 namespace {
 
-using Matrix = std::vector<uint16_t>;
+using Elements = std::vector<uint16_t>;
 constexpr uint16_t kPoison = 30000;  // beside the matrices: what a stray load would bring in
 
 [[noreturn]] void fail(const char* what, int64_t a, int64_t b) {
@@ -20,8 +20,8 @@ constexpr uint16_t kPoison = 30000;  // beside the matrices: what a stray load w
 }
 
 // rows x cols small numbers in rows of `stride`, amid poison.
-Matrix filled(int64_t rows, int64_t cols, int64_t stride, uint32_t seed) {
-  Matrix matrix(rows * stride + 64, kPoison);
+Elements filled(int64_t rows, int64_t cols, int64_t stride, uint32_t seed) {
+  Elements matrix(rows * stride + 64, kPoison);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < cols; ++c) matrix[r * stride + c] = (seed = seed * 1664525u + 1013904223u) >> 29;
   }
@@ -90,37 +90,90 @@ void stream(const Weight (&weight)[32], const Activations (&x)[32], Chunks chunk
   }
 }
 
-// What add_up() does: out[m][slot] and square[m] gain this warp's sums.
+constexpr int64_t kUnwritten = int64_t{1} << 40;
+
+using Share = std::vector<int64_t>;
+
+// A block's shared memory.
+struct Block {
+  Share share[kWarps];
+};
+
+// What a warp stores for add_up(): the rows up to M. Rows that the activations do not have must count as zeros.
 template <class Slot>
-void add_up(const Warp& sums, Slot slot, int64_t (&out)[kMaxRows][kTileRows], int64_t (&square)[kMaxRows]) {
-  int written[kMaxRows][kTileRows] = {};
-  for (int index = 0; index < 32; ++index) {
-    const Lane lane = lane_of(index);
-    for (int block = 0; block < 2; ++block) {
+void store(const Warp& sums, Slot slot, int M, Share& share) {
+  const int columns = padded_rows(M);
+  share.assign(share_cells(columns), kUnwritten);
+  const auto write = [&](int cell, int64_t value) {
+    if (share.at(cell) != kUnwritten) fail("a cell was written twice", cell, 0);
+    share[cell] = value;
+  };
+  for (int block = 0; block < columns / 8; ++block) {
+    int64_t square[8] = {};
+    for (int index = 0; index < 32; ++index) {
+      const Lane lane = lane_of(index);
       for (int i = 0; i < kBlocks16; ++i) {
         for (int c = 0; c < 4; ++c) {
           const int m = 8 * block + accumulator_column(lane.member, c);
-          const int s = slot(lane.group, i, accumulator_half(c));
-          out[m][s] += sums.tile[i][block][index][c];
-          ++written[m][s];
+          const int64_t value = sums.tile[i][block][index][c];
+          if (m < M) write(cell_of(m, slot(lane.group, i, accumulator_half(c))), value);
+          if (m >= M && value != 0) fail("a row beyond M holds", m, value);
         }
       }
-      square[8 * block + lane.group] += sums.square[index][block];
+      square[lane.group] += sums.square[index][block];
     }
-  }
-  for (auto& row : written) {
-    for (int times : row) {
-      if (times != 1) fail("a cell was written this often", times, 0);
-    }
+    for (int group = 0; group < 8; ++group) write(cell_of(8 * block + group, kSquare), square[group]);
   }
 }
 
-// Rows that the activations do not have must count as zeros.
-void check_padding(const int64_t (&out)[kMaxRows][kTileRows], int M) {
-  for (int m = M; m < kMaxRows; ++m) {
-    for (int64_t value : out[m]) {
-      if (value != 0) fail("a row beyond M holds", m, value);
+// Each thread's quads of M rows, and that every cell of those rows has one owner, whose quads lie aligned in the share.
+template <class Use>
+void each_own_quad(int M, Use use) {
+  std::vector<int> owners(share_cells(padded_rows(M)));
+  for (int thread = 0; thread < kThreads; ++thread) {
+    for (int j = 0; j < own_quads(padded_rows(M)); ++j) {
+      const int quad = own_quad(thread, j);
+      if (quad >= share_cells(M)) continue;
+      if (quad % kQuad != 0) fail("a quad is not aligned", quad, thread);
+      for (int cell = quad; cell < quad + kQuad; ++cell) {
+        ++owners.at(cell);
+        use(cell);
+      }
     }
+  }
+  for (int cell = 0; cell < share_cells(M); ++cell) {
+    if (owners[cell] != 1) fail("owners of a cell", owners[cell], cell);
+  }
+}
+
+// What add_up() does: the warps' shares become the first one's in each block of the tile, and the blocks' (a cluster,
+// or what they left in the workspace) those of rank 0.
+const Share& add_up(std::vector<Block>& ranks, int M) {
+  for (Block& block : ranks) {
+    each_own_quad(M, [&](int cell) {
+      for (int warp = 1; warp < kWarps; ++warp) block.share[0][cell] += block.share[warp][cell];
+    });
+  }
+  each_own_quad(M, [&](int cell) {
+    for (size_t rank = 1; rank < ranks.size(); ++rank) ranks[0].share[0][cell] += ranks[rank].share[0][cell];
+  });
+  return ranks[0].share[0];
+}
+
+// Each output of a tile that some thread finishes, and that every one of M rows and all slots is finished once.
+template <class Use>
+void each_own_output(int M, Use use) {
+  std::vector<int> finished(M * kTileRows);
+  for (int thread = 0; thread < kThreads; ++thread) {
+    for (int j = 0; j < own_rows(padded_rows(M)); ++j) {
+      const int m = own_row(thread, j), slot = own_slot(thread);
+      if (m >= M) continue;
+      ++finished.at(m * kTileRows + slot);
+      use(m, slot);
+    }
+  }
+  for (int times : finished) {
+    if (times != 1) fail("an output of a tile was finished this often", times, 0);
   }
 }
 
@@ -132,11 +185,11 @@ int64_t dot(const uint16_t* a, int64_t step_a, const uint16_t* b, int64_t step_b
 
 void norm_linear(int M, int64_t scaled, int64_t unscaled, bool gated, int K, int splits) {
   const int64_t n = scaled + unscaled, stride = K + 3, columns = gated ? scaled / 2 : scaled;
-  const Matrix x = filled(M, K, stride, 1), weight = filled(n, K, stride, 2);
+  const Elements x = filled(M, K, stride, 1), weight = filled(n, K, stride, 2);
   std::vector<int> seen(n), stored(M * (columns + unscaled));
   for (int64_t tile = 0; tile < norm_tiles(scaled, unscaled, gated); ++tile) {
     const NormTile rows = norm_tile(tile, scaled, unscaled, gated);
-    int64_t out[kMaxRows][kTileRows] = {}, square[kMaxRows] = {};
+    std::vector<Block> ranks(splits);
     for (int split = 0; split < splits; ++split) {
       const Chunks chunks = chunks_of(chunks_in(K), split, splits);
       for (int warp = 0; warp < kWarps; ++warp) {
@@ -144,31 +197,31 @@ void norm_linear(int M, int64_t scaled, int64_t unscaled, bool gated, int K, int
         Activations a[32];
         Warp sums;
         for (int lane = 0; lane < 32; ++lane) {
-          w[lane] = halves_of(weight.data(), stride, K, rows, lane_of(lane));
-          a[lane] = activations_of(x.data(), stride, M, K, lane_of(lane));
+          w[lane] = halves_of({weight.data(), stride, false}, K, rows, lane_of(lane));
+          a[lane] = activations_of({x.data(), stride, false}, M, K, lane_of(lane));
         }
         stream(w, a, chunks, warp, sums);
-        add_up(sums, halves_slot, out, square);
+        store(sums, halves_slot, M, ranks[split].share[warp]);
       }
     }
-    check_padding(out, M);
-    for (int slot = 0; slot < kTileRows; ++slot) {
+    const Share& total = add_up(ranks, M);
+    each_own_output(M, [&](int m, int slot) {
       const int half = slot / kHalfRows, index = slot % kHalfRows;
-      if (index >= rows.count[half]) continue;
+      if (index >= rows.count[half]) return;
       const int64_t row = rows.first[half] + index;
       if (row >= n || rows.scaled != (row < scaled)) fail("slot and row", slot, row);
-      ++seen[row];
-      for (int m = 0; m < M; ++m) {
-        if (out[m][slot] != dot(&x[m * stride], 1, &weight[row * stride], 1, K)) fail("norm_linear differs at", m, row);
-        if (gated && rows.scaled && half == 1) continue;
-        const int64_t column = rows.column + slot;
-        if (column != (row < scaled ? row : columns + row - scaled)) fail("column of row", column, row);
-        ++stored[m * (columns + unscaled) + column];
-      }
-      if (gated && rows.scaled && half == 0 && rows.first[1] + index != row + scaled / 2) fail("up row of", row, slot);
-    }
+      seen[row] += m == 0;
+      const int64_t expected = dot(&x[m * stride], 1, &weight[row * stride], 1, K);
+      if (total[cell_of(m, slot)] != expected) fail("norm_linear differs at", m, row);
+      if (gated && rows.scaled && half == 1) return;
+      const int64_t column = rows.column + slot;
+      if (column != (row < scaled ? row : columns + row - scaled)) fail("column of row", column, row);
+      ++stored[m * (columns + unscaled) + column];
+      if (gated && rows.scaled && rows.first[1] + index != row + scaled / 2) fail("up row of", row, slot);
+    });
     for (int m = 0; m < M; ++m) {
-      if (square[m] != dot(&x[m * stride], 1, &x[m * stride], 1, K)) fail("sum of squares", m, square[m]);
+      const int64_t square = total[cell_of(m, kSquare)];
+      if (square != dot(&x[m * stride], 1, &x[m * stride], 1, K)) fail("sum of squares", m, square);
     }
   }
   for (int64_t row = 0; row < n; ++row) {
@@ -181,12 +234,12 @@ void norm_linear(int M, int64_t scaled, int64_t unscaled, bool gated, int K, int
 
 void residual_linear(int M, int64_t n, int K, int K2, bool along_n, int splits) {
   const int64_t stride = K + 1, stride_x2 = K2 + 2, stride2 = along_n ? n + 5 : K2 + 5;
-  const Matrix x = filled(M, K, stride, 3), weight = filled(n, K, stride, 4);
-  const Matrix x2 = filled(M, K2, stride_x2, 5);
-  const Matrix weight2 = along_n ? filled(K2, n, stride2, 6) : filled(n, K2, stride2, 6);
+  const Elements x = filled(M, K, stride, 3), weight = filled(n, K, stride, 4);
+  const Elements x2 = filled(M, K2, stride_x2, 5);
+  const Elements weight2 = along_n ? filled(K2, n, stride2, 6) : filled(n, K2, stride2, 6);
   const int chunks1 = chunks_in(K);
   for (int64_t tile = 0; tile < ceil_div(n, kTileRows); ++tile) {
-    int64_t out[kMaxRows][kTileRows] = {}, square[kMaxRows] = {};
+    std::vector<Block> ranks(splits);
     for (int split = 0; split < splits; ++split) {
       const Chunks chunks = chunks_of(chunks1 + chunks_in(K2), split, splits);
       const Chunks first = before(chunks, chunks1), second = after(chunks, chunks1);
@@ -197,11 +250,11 @@ void residual_linear(int M, int64_t n, int K, int K2, bool along_n, int splits) 
         Warp sums;
         for (int index = 0; index < 32; ++index) {
           const Lane lane = lane_of(index);
-          w[index] = runs_of(weight.data(), stride, n, K, tile, lane);
-          w2[index] = runs_of(weight2.data(), stride2, n, K2, tile, lane);
-          columns[index] = columns_of(weight2.data(), stride2, n, K2, tile, lane);
-          a[index] = activations_of(x.data(), stride, M, K, lane);
-          a2[index] = activations_of(x2.data(), stride_x2, M, K2, lane);
+          w[index] = runs_of({weight.data(), stride, false}, n, K, tile, lane);
+          w2[index] = runs_of({weight2.data(), stride2, false}, n, K2, tile, lane);
+          columns[index] = columns_of({weight2.data(), stride2, false}, n, K2, tile, lane);
+          a[index] = activations_of({x.data(), stride, false}, M, K, lane);
+          a2[index] = activations_of({x2.data(), stride_x2, false}, M, K2, lane);
         }
         stream(w, a, first, warp, sums);
         if (along_n) {
@@ -209,19 +262,18 @@ void residual_linear(int M, int64_t n, int K, int K2, bool along_n, int splits) 
         } else {
           stream(w2, a2, second, warp, sums);
         }
-        add_up(sums, runs_slot, out, square);
+        store(sums, runs_slot, M, ranks[split].share[warp]);
       }
     }
-    check_padding(out, M);
-    for (int slot = 0; slot < kTileRows && tile * kTileRows + slot < n; ++slot) {
+    const Share& total = add_up(ranks, M);
+    each_own_output(M, [&](int m, int slot) {
       const int64_t row = tile * kTileRows + slot;
-      for (int m = 0; m < M; ++m) {
-        const int64_t expected =
-            dot(&x[m * stride], 1, &weight[row * stride], 1, K) +
-            dot(&x2[m * stride_x2], 1, along_n ? &weight2[row] : &weight2[row * stride2], along_n ? stride2 : 1, K2);
-        if (out[m][slot] != expected) fail("residual_linear differs at", m, row);
-      }
-    }
+      if (row >= n) return;
+      const int64_t expected =
+          dot(&x[m * stride], 1, &weight[row * stride], 1, K) +
+          dot(&x2[m * stride_x2], 1, along_n ? &weight2[row] : &weight2[row * stride2], along_n ? stride2 : 1, K2);
+      if (total[cell_of(m, slot)] != expected) fail("residual_linear differs at", m, row);
+    });
   }
 }
 
@@ -229,8 +281,8 @@ void plans() {
   for (int sms : {1, 108, 132}) {
     for (int64_t tiles : {1, 45, 48, 192, 344, 100000}) {
       for (int chunks : {1, 7, 96, 440}) {
-        const int splits = choose_splits(tiles, chunks, sms);
-        if (splits < 1 || splits > kMaxSplits) fail("splits", splits, chunks);
+        const int splits = choose_splits(tiles, chunks, 1, sms);
+        if (!is_cluster(splits)) fail("splits", splits, chunks);
         int covered = 0;
         for (int split = 0; split < splits; ++split) {
           const Chunks part = chunks_of(chunks, split, splits);
@@ -242,7 +294,9 @@ void plans() {
       }
     }
   }
-  if (choose_splits(48, 440, 132) < 3) fail("few tiles leave SMs idle", choose_splits(48, 440, 132), 0);
+  if (choose_splits(48, 440, 1, 132) != 4) fail("few tiles leave SMs idle", choose_splits(48, 440, 1, 132), 4);
+  if (choose_splits(132, 96, 8, 132) != 1) fail("a block per SM is enough", choose_splits(132, 96, 8, 132), 1);
+  if (choose_splits(132, 96, 9, 132) != 2) fail("more rows want two", choose_splits(132, 96, 9, 132), 2);
 }
 
 }  // namespace
@@ -251,7 +305,7 @@ int main() {
   for (bool gated : {false, true}) {
     norm_linear(1, 64, 0, gated, 32, 1);
     norm_linear(3, 34, 17, gated, 33, 1);
-    norm_linear(8, 200, 70, gated, 600, 3);
+    norm_linear(8, 200, 70, gated, 600, 4);
     norm_linear(9, 2, 0, gated, 7, 1);
     norm_linear(16, 130, 1, gated, 264, 2);
     norm_linear(5, 0, 40, gated, 40, 1);
@@ -259,8 +313,8 @@ int main() {
   for (bool along_n : {false, true}) {
     residual_linear(1, 64, 32, 32, along_n, 1);
     residual_linear(3, 17, 33, 26, along_n, 1);
-    residual_linear(16, 136, 264, 145, along_n, 3);
-    residual_linear(9, 200, 8, 600, along_n, 5);
+    residual_linear(16, 136, 264, 145, along_n, 4);
+    residual_linear(9, 200, 8, 600, along_n, 8);
     residual_linear(4, 70, 300, 0, along_n, 2);
   }
   plans();

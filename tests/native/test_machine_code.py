@@ -11,6 +11,7 @@ from slicegpt_fast import _C, native
 
 ARCHS = native.build_info().cuda_archs
 DECODE = ("norm_linear_decode", "residual_linear_decode")
+CLUSTER = ("UCGABAR_ARV", "UCGABAR_WAIT", "LD.E.128")  # arriving, waiting, and reading shared memory of another block
 
 pytestmark = pytest.mark.skipif(not ARCHS, reason="built without CUDA")
 
@@ -44,17 +45,32 @@ def test_nothing_spills():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_decode_kernels_stream_in_16_byte_loads_to_the_tensor_cores(arch):
     found = kernels(arch, *DECODE)
-    assert len(found) == 2 * 2 * 2 * 2  # op, dtype, rows, alignment
+    assert len(found) == 2 * 2 * 2  # op, dtype, rows
     for kernel, code in found.items():
-        assert any(op.startswith("HMMA.16816.F32") for op in code), kernel
+        # Nearly all loads of two chunks, or of one for more than 8 rows, are in flight before the first use.
         streamed = [i for i, op in enumerate(code) if re.fullmatch(r"LDG\.E\.NA\.\w+\.128", op)]
-        aligned = "ELb1E" in kernel
-        assert bool(streamed) == aligned
-        if (
-            aligned
-        ):  # nearly all loads of two chunks, or of one for more than 8 rows, are in flight before the first use
-            first_use = next(i for i, op in enumerate(code) if i > streamed[0] and op.startswith("HMMA"))
-            assert sum(i < first_use for i in streamed) >= (14 if "Li8E" in kernel else 7), kernel
+        first_use = next(i for i, op in enumerate(code) if i > streamed[0] and op.startswith("HMMA.16816.F32"))
+        assert sum(i < first_use for i in streamed) >= (14 if "Li8E" in kernel else 7), kernel
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_decode_kernels_add_up_a_tile_in_a_cluster_on_hopper(arch):
+    for kernel, code in kernels(arch, *DECODE).items():
+        across_blocks = [op for op in code if op.startswith(("ATOM", "RED.", "LDG.E.128.STRONG", "STG.E.128"))]
+        arrivals, waits, peers = ([i for i, op in enumerate(code) if op == name] for name in CLUSTER)
+        squares = int("residual" in kernel)  # whose sums over all tiles take one counter
+        if int(arch.rstrip("af")) < 90:
+            assert not arrivals + waits + peers, kernel
+            assert sum(op.startswith("ATOM") for op in across_blocks) == 1 + squares, kernel
+            continue
+        assert len(across_blocks) == squares, kernel
+        assert len(peers) == 8 * (1 if "Li8E" in kernel else 2), kernel  # each rank's share, in quads per thread
+        stored, read, left = arrivals
+        assert code[stored - 3].startswith("MEMBAR"), kernel  # a release: what the block has stored is to be read
+        assert stored < waits[0] < peers[0], kernel
+        # All threads have used what they have read before the other blocks may end.
+        assert "BAR.SYNC.DEFER_BLOCKING" in code[peers[-1] : read], kernel
+        assert left < waits[1] < len(code) - code[::-1].index("EXIT"), kernel
 
 
 @pytest.mark.skipif("90a" not in ARCHS, reason="built without 90a")
@@ -78,3 +94,32 @@ def test_covariance_keeps_the_tensor_cores_busy():
         )  # one wait for four: not serial
         assert "HGMMA.64x192x16.F32" in wgmma[0], kernel
         assert sum(op.startswith("UTMALDG.3D.MULTICAST") for op in code) == 3, kernel
+
+
+@pytest.mark.skipif("90a" not in ARCHS, reason="built without 90a")
+def test_prefill_keeps_the_tensor_cores_busy():
+    found = kernels("90a", "norm_linear_prefill", "residual_linear_prefill")
+    assert len(found) == 2 * 2 * 3  # op, dtype, width
+    for kernel, code in found.items():
+        width = int(re.search(r"_prefillILi(\d+)E", kernel)[1])
+        two_pairs = "residual" in kernel
+        assert code.index("ACQBULK") < next(i for i, op in enumerate(code) if op.startswith(("UTMALDG", "LDG")))
+        assert sum(op.startswith("UTMALDG.3D.MULTICAST") for op in code) == 1 + two_pairs * width // 64, kernel
+
+        first, *_, last = (i for i, op in enumerate(code) if op.startswith("HGMMA"))
+        assert code[first].startswith(f"HGMMA.64x{width}x16.F32"), kernel
+        wgmma = "".join(op[0] for op in code if op.startswith(("HGMMA", "WARPGROUP.DEPBAR")))
+        assert set(filter(None, wgmma.split("W"))) == {"HHHH"}, kernel  # one wait for four: not serial
+
+        # Sixteen-byte stores of all a thread has, and nothing that waits for memory among the multiplications.
+        assert code.count("STG.E.128") == width // 16, kernel
+        assert not [op for op in code[first:last] if op.startswith(("MEMBAR", "CCTL", "STG", "LDG"))], kernel
+
+
+@pytest.mark.skipif("90a" not in ARCHS, reason="built without 90a")
+def test_no_barrier_of_a_cluster_waits_for_memory():
+    for kernel, code in kernels("90a", "partial_tiles", "_prefill").items():
+        joins = sum(op.startswith("UCGABAR_ARV") for op in code)
+        assert joins == 2, kernel
+        assert code.count("MEMBAR.ALL.GPU") == joins, kernel
+        assert code.count("CCTL.IVALL") == joins, kernel

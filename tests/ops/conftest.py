@@ -1,14 +1,16 @@
-"""The tests of an op run on each backend that this machine has.
+"""The tests of an op run on each backend.
 
-``backend`` and ``dtype`` are parameters of every test that names them. Triton kernels run on the GPU where there is
-one, else in the interpreter (tests/conftest.py).
+``backend`` and ``dtype`` are parameters of every test that names them. Where there is no GPU, Triton kernels run in
+their interpreter (tests/conftest.py), and CUDA kernels in the emulator (tests/emulator).
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from emulator.emulate import CXX, emulating
 from ops.accuracy import device_of
 
 HALF = [torch.float16, torch.bfloat16]
@@ -16,8 +18,17 @@ KERNELS = {
     "cpu": [*HALF, torch.float32],
     "triton": [*(HALF if torch.cuda.is_available() else HALF[:1]), torch.float32],  # interpreted bf16 is garbage
 }
-if torch.cuda.is_available():
+if torch.cuda.is_available() or CXX:
     KERNELS["cuda"] = HALF
+
+
+@pytest.fixture(autouse=True)
+def emulator(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets the backend "cuda" run in the emulator, as on Hopper, where there is no GPU."""
+    case = getattr(request.node, "callspec", None)
+    emulates = case is not None and case.params.get("backend") == "cuda" and not torch.cuda.is_available()
+    with emulating("90a") if emulates else nullcontext():
+        yield
 
 
 @pytest.fixture

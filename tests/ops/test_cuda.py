@@ -7,11 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from emulator.emulate import emulating
+from ops.accuracy import assert_as_good_as_torch, device_of, double, random
 
 from slicegpt_fast import _C, native, tuned
-from slicegpt_fast.ops import cuda
+from slicegpt_fast.counters import counters
+from slicegpt_fast.ops import cuda, norm_linear, residual_linear
 from slicegpt_fast.ops.dispatch import AUTO, OPS, Op, Request
 from slicegpt_fast.ops.norm_linear import ACTIVATIONS
+from slicegpt_fast.ops.norm_linear import reference as norm_reference
 
 HEADER = Path(__file__).parents[2] / "csrc/slicegpt_fast.h"
 BUILD = native.build_info()
@@ -52,7 +56,18 @@ def test_codes_are_those_of_the_header():
         ("norm_linear", "decode", "cpu", (0, 0), torch.float16, ("nvcc", ("80",)), "not on cpu"),
         ("norm_linear", "decode", "cuda", (7, 5), torch.float16, ("nvcc", ("80",)), "capability 8.0"),
         ("norm_linear", "decode", "cuda", (8, 0), torch.float32, ("nvcc", ("80",)), "no torch.float32 kernel"),
-        ("residual_linear", "prefill", "cuda", (9, 0), torch.float16, ("nvcc", ("80",)), "more than 16 rows"),
+        ("norm_linear", "prefill", "cuda", (9, 0), torch.bfloat16, ("nvcc", ("80", "90a")), None),
+        ("norm_linear", "prefill", "cuda", (8, 0), torch.float16, ("nvcc", ("80", "90a")), "9.0 only"),
+        ("residual_linear", "prefill", "cuda", (10, 0), torch.float16, ("nvcc", ("80", "90a")), "9.0 only"),
+        (
+            "residual_linear",
+            "prefill",
+            "cuda",
+            (9, 0),
+            torch.float16,
+            ("nvcc", ("80",)),
+            "without the architecture 90a",
+        ),
         ("covariance_", "tall", "cuda", (8, 0), torch.float16, ("nvcc", ("80", "90a")), "9.0 only"),
         ("covariance_", "tall", "cuda", (9, 0), torch.float16, ("nvcc", ("80",)), "without the architecture 90a"),
     ],
@@ -77,19 +92,22 @@ def refuses_host_memory():
     return pytest.raises((RuntimeError, ValueError), match=r"CUDA driver|CUDA-capable|current CUDA device")
 
 
-@with_cuda
+ROWS = [pytest.param(9, marks=with_cuda), pytest.param(40, marks=with_hopper)]  # decode and prefill
+
+
+@pytest.mark.parametrize("M", ROWS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_norm_linear_reaches_the_device_check(activation, on_host):
-    h, weight, bias = torch.zeros(3, 40).half(), torch.zeros(88, 40).half(), torch.zeros(80).half()
-    for sumsq in (None, torch.ones(3)):
+def test_norm_linear_reaches_the_device_check(activation, M, on_host):
+    h, weight, bias = torch.zeros(M, 40).half(), torch.zeros(88, 40).half(), torch.zeros(80).half()
+    for sumsq in (None, torch.ones(M)):
         with refuses_host_memory():
             cuda.norm_linear(h, weight, bias, 1e-5, 48, sumsq, activation, 8)
 
 
-@with_cuda
+@pytest.mark.parametrize("M", ROWS)
 @pytest.mark.parametrize("shortcut", ["absent", "dense", "transposed", "low rank"])
-def test_residual_linear_reaches_the_device_check(shortcut, on_host):
-    a, weight, h, S = (torch.zeros(shape).bfloat16() for shape in ((9, 2048), (64, 2048), (9, 64), (64, 64)))
+def test_residual_linear_reaches_the_device_check(shortcut, M, on_host):
+    a, weight, h, S = (torch.zeros(shape).bfloat16() for shape in ((M, 2048), (64, 2048), (M, 64), (64, 64)))
     rest = {"absent": (h, None, None), "dense": (None, h, S), "transposed": (None, h, S.T), "low rank": (h, h, S)}
     with refuses_host_memory():
         cuda.residual_linear(a, weight, None, *rest[shortcut])
@@ -114,6 +132,8 @@ def test_covariance_reaches_the_device_check(extras, on_host):
         ({"activation": 5}, "does not take these sizes"),
         ({"scaled": 7, "activation": 4}, "does not take these sizes"),
         ({"y": 0}, "null pointer"),
+        ({"plan": (3, 1 << 20, 1 << 20)}, "does not take these sizes"),
+        ({"plan": (16, 1 << 20, 1 << 20)}, "does not take these sizes"),
         ({"plan": (4, 0, 0)}, "workspace or the counters"),
         ({"plan": (4, 1 << 20, 1 << 20)}, "workspace or the counters"),
     ],
@@ -131,7 +151,119 @@ def test_launcher_refuses(change, message):
 def test_plans_fill_the_gpu():
     splits, workspace, counters = _C.cuda_residual_linear_plan(1, 3072, 11008, 3072, 132)
     tiles = 3072 // 64
-    assert 132 <= tiles * splits <= 264
+    assert tiles * splits == 192
     assert counters == tiles + 1
     assert workspace == tiles * splits * 8 * 65 + tiles * 8
     assert _C.cuda_norm_linear_plan(16, 12288, 64, 3072, 0, 132)[0] == 1
+
+
+@with_hopper
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"M": 0}, "does not take these sizes"),
+        ({"M": (1 << 30) + 1}, "does not take these sizes"),
+        ({"K": 0}, "does not take these sizes"),
+        ({"scaled": 0}, "does not take these sizes"),
+        ({"dtype": 0}, "does not take these sizes"),
+        ({"activation": 5}, "does not take these sizes"),
+        ({"scaled": 7, "activation": 4}, "does not take these sizes"),
+        ({"sms": 0}, "does not take these sizes"),
+        ({"h": 0}, "null pointer"),
+        ({"sumsq": 0}, "null pointer"),
+        ({"stride_h": 9}, "not aligned"),
+    ],
+)
+def test_prefill_launcher_refuses(change, message):
+    arguments = dict(
+        h=256, stride_h=8, weight=256, stride_weight=8, bias=0, sumsq=256, y=256, stride_y=8, M=17, scaled=8,
+        unscaled=0, K=8, eps=0.0, inverse_width=1.0, activation=0, dtype=1, sms=132, stream=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        _C.cuda_norm_linear_prefill(*(arguments | change).values())
+
+
+@with_hopper
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 0}, "does not take these sizes"),
+        ({"K2": -1}, "does not take these sizes"),
+        ({"sumsq": 0}, "null pointer"),
+        ({"workspace": 0}, "workspace"),
+        ({"workspace_cells": 16}, "workspace"),
+        ({"stride_a": 4}, "not aligned"),
+    ],
+)
+def test_residual_prefill_launcher_refuses(change, message):
+    arguments = dict(
+        a=256, stride_a=8, weight=256, stride_weight=8, a2=0, stride_a2=0, weight2=0, stride_weight2=0,
+        weight2_along_n=True, bias=0, residual=0, stride_residual=0, y=256, stride_y=8, sumsq=256, M=17, n=8, K=8,
+        K2=0, dtype=2, sms=132, workspace=256, workspace_cells=17, stream=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        _C.cuda_residual_linear_prefill(*(arguments | change).values())
+
+
+@with_hopper
+def test_prefill_workspace_has_a_sum_per_row_and_tile():
+    assert _C.cuda_residual_linear_prefill_workspace(100, 257) == 3 * 100
+
+
+def test_copyable_rows_start_on_16_bytes():
+    x = torch.arange(80.0).half().view(5, 16)
+    assert cuda.copyable(None) is None
+    assert cuda.copyable(x) is x
+    assert cuda.copyable(x[:, :11]).data_ptr() == x.data_ptr()
+    for misaligned in (x[:, 3:], torch.ones(5, 9).half(), x[:1].expand(5, 16)):
+        copy = cuda.copyable(misaligned)
+        assert torch.equal(copy, misaligned)
+        assert copy.data_ptr() % 16 == copy.stride(0) % 8 == 0
+        assert copy.stride(0) >= copy.shape[1]
+
+
+@with_cuda
+@pytest.mark.parametrize("d", [2872, 3072])
+def test_last_waves_of_a_sliced_llama_2_7b_saturate_memory(d):
+    """At least one block per SM in every wave of two."""
+    for n in (9216, 12288, 22016):
+        blocks = -(-n // 64) * _C.cuda_norm_linear_plan(1, n, 0, d, 4 if n == 22016 else 0, 132)[0]
+        assert (blocks - 1) % 264 >= 131, n
+    for k, k2 in ((4096, 0), (4096, d), (11008, 0), (11008, d)):
+        blocks = -(-d // 64) * _C.cuda_residual_linear_plan(1, d, k, k2, 132)[0]
+        assert (blocks - 1) % 264 >= 131, k
+
+
+@pytest.fixture(params=["80", "90a"])
+def arch(request):
+    """Each kind of decode kernels in the emulator, or those of the GPU."""
+    with nullcontext() if torch.cuda.is_available() else emulating(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+@pytest.mark.parametrize("M", [1, 8, 9, 16])
+def test_splits_are_exact_and_repeatable(M, splits, arch, monkeypatch):
+    """The output of norm_linear goes into residual_linear as the decoder layers hand it on: a and t are its columns."""
+    for name in ("cuda_norm_linear_plan", "cuda_residual_linear_plan"):
+        monkeypatch.setattr(cuda._C, name, lambda *sizes: (splits, 1 << 20, 1 << 10))
+    d, k = 200, 512
+    for r in (11, 16):
+        kind = dict(dtype=torch.bfloat16, device=device_of("cuda"))
+        h, bias = random(M, d, **kind), random(2 * k, **kind)
+        reader = (h, random(2 * k + r, d, scale=d**-0.5, **kind), bias, 1e-5, d, None, "silu_gate", r)
+        read = norm_linear(*reader, backend="cuda")
+        assert torch.equal(read, norm_linear(*reader, backend="cuda"))
+        assert_as_good_as_torch(read, norm_linear(*reader, backend="reference"), norm_reference(*double(reader)))
+
+        weight, V = random(d, k, scale=k**-0.5, **kind), random(d, r, **kind)
+        for V_along in (V.T, V.T.contiguous()):
+            writer = (read[:, :k], weight, None, h, (read[:, k:], V_along))
+            y, sumsq = residual_linear(*writer, backend="cuda")
+            again = residual_linear(*writer, backend="cuda")
+            assert torch.equal(y, again[0])
+            assert torch.equal(sumsq, again[1])
+            by_torch, _ = residual_linear(*writer, backend="reference")
+            assert_as_good_as_torch(y, by_torch, residual_linear(*double(writer), backend="reference")[0])
+            torch.testing.assert_close(sumsq, y.double().square().sum(1).float(), rtol=1e-6, atol=1e-7)
+    assert not counters(1024, h.device).any()

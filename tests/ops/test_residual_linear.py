@@ -177,13 +177,14 @@ def test_gradients(shortcut, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("M", [4, 100])
-def test_cuda_graph_replays(M):
+def test_cuda_graph_replays(M, backend):
     a, weight, bias, h, S = inputs(M, 264, 520, "dense", torch.bfloat16, "cuda")
-    expected = residual_linear(a, weight, bias, h, S, backend="triton")
+    expected = residual_linear(a, weight, bias, h, S, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed = residual_linear(a, weight, bias, h, S, backend="triton")
+        replayed = residual_linear(a, weight, bias, h, S, backend=backend)
     for _ in range(3):
         for x in replayed:
             x.fill_(float("nan"))

@@ -1,0 +1,228 @@
+// Index arithmetic of the prefill kernels (M > 16): who computes which tile, what the copy engine brings where, and who
+// stores what. For device and host.
+//
+// A cluster of two blocks computes 256 rows x W columns of y, a block (its rank) 128 of the rows; W is 256, 192 or 128.
+// Tiles are dealt out in turn to as many clusters as run at once, in bands of kBand tiles of rows, so that clusters
+// that run together share rows of both operands, which stay in L2:
+//
+//          columns ->
+//     +----------------+
+//     | 0  2  4  6  .. |   band of kBand rows of tiles (two are drawn), numbered down, then right
+//     | 1  3  5  7  .. |
+//     +----------------+
+//     | next band      |
+//
+// A step is 64 k of one operand pair. A stage of shared memory holds one step, in rows of 128 bytes:
+//
+//     left                   [128 rows of this rank][64 k]                        16 KB
+//     right, along K         [2 halves][W / 2 rows of the weight][64 k]           W x 128 bytes
+//     right, along N         [W / 64 blocks][64 k][64 columns]                    the same
+//
+// Both blocks multiply with the same right operand, so each rank brings one share of it and the copy engine writes that
+// into both: a half of the rows, or a half of the k. The halves may lie apart in the weight: gate rows and up rows.
+//
+// A warpgroup computes 64 rows. Four threads, a quad, hold 32 neighbouring columns (a chunk) of a row as pairs of
+// columns, member 0 .. 3 the pairs 8 block + 2 member. Transposed over the quad, a member has 8 neighbouring columns (a
+// run): 16 bytes of y, and a quad stores 64 in one piece.
+#pragma once
+
+#include "cuda/hopper.h"
+
+namespace sgf::prefill {
+
+using hopper::kRanks;
+using hopper::kRowBytes;
+
+constexpr int kTileRows = 128;  // of one rank
+constexpr int kClusterRows = kRanks * kTileRows;
+constexpr int kGroupRows = 64;  // of one of the two warpgroups
+constexpr int kStep = 64;       // k
+constexpr int kBlock = 64;      // columns of a right operand along N
+constexpr int kBlockBytes = kStep * kRowBytes;
+constexpr int kLeftBytes = kTileRows * kRowBytes;
+constexpr int kChunk = 32;
+constexpr int kRun = 8;
+constexpr int kBand = 8;
+constexpr int kMaxSize = 1 << 30;  // of M, n and K: so rows, columns and k fit 32 bits, which offsets do not
+constexpr int kSharedLimit = 227 << 10;
+constexpr int kWidths[] = {256, 192, 128};
+
+template <int kWidth>
+struct Shape {
+  static constexpr int kHalf = kWidth / 2;
+  static constexpr int kAccumulators = kWidth / 2;  // of a thread
+  static constexpr int kChunks = kWidth / kChunk;
+  static constexpr int kStageBytes = kLeftBytes + kWidth * kRowBytes;
+  // The swizzle wants 1024-byte alignment; the barriers take the rest.
+  static constexpr int kStages = (kSharedLimit - 2048) / kStageBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes + 1024;
+  // Steps that the first warpgroup is ahead of the second: the stages between them are not free for the copy engine,
+  // which keeps two (of W = 128, three) for a trip to L2.
+  static constexpr int kLead = (kStages - 1) / 2;
+};
+
+SGF_INLINE int ceil_div(int a, int b) { return a / b + (a % b != 0); }
+
+SGF_INLINE int steps_in(int K) { return ceil_div(K, kStep); }
+
+// The columns of a tile: columns 0 .. W / 2 - 1 are the weight's rows from first[0], the others those from first[1], as
+// many of each as count[] says. No tile straddles scaled and unscaled rows.
+struct Columns {
+  bool scaled;
+  int first[2];
+  int count[2];
+  int column;  // of y, for the tile's column 0
+};
+
+SGF_INLINE int clamp(int x, int most) { return x < 0 ? 0 : x > most ? most : x; }
+
+SGF_INLINE int scaled_tiles(int width, int scaled, bool gated) {
+  return gated ? ceil_div(scaled / 2, width / 2) : ceil_div(scaled, width);
+}
+
+SGF_INLINE int tiles_across(int width, int scaled, int unscaled, bool gated) {
+  return scaled_tiles(width, scaled, gated) + ceil_div(unscaled, width);
+}
+
+SGF_INLINE int64_t tiles_in(int width, int M, int scaled, int unscaled, bool gated) {
+  return static_cast<int64_t>(ceil_div(M, kClusterRows)) * tiles_across(width, scaled, unscaled, gated);
+}
+
+SGF_INLINE Columns columns_of(int width, int tile, int scaled, int unscaled, bool gated) {
+  const int half = width / 2;
+  const int before = scaled_tiles(width, scaled, gated), stored = gated ? scaled / 2 : scaled;
+  const bool is_scaled = tile < before;
+  if (is_scaled && gated) {
+    const int column = tile * half;
+    const int count = clamp(stored - column, half);
+    return {true, {column, stored + column}, {count, count}, column};
+  }
+  const int row = is_scaled ? tile * width : scaled + (tile - before) * width;
+  const int left = (is_scaled ? scaled : scaled + unscaled) - row;
+  return {is_scaled,
+          {row, row + half},
+          {clamp(left, half), clamp(left - half, half)},
+          is_scaled ? row : stored + row - scaled};
+}
+
+constexpr int64_t kMaxTiles = INT32_MAX / kBand;  // 64-bit divisions are long
+
+struct Place {
+  int row, column;  // in tiles of a cluster
+};
+
+SGF_INLINE Place place_of(int tile, int rows, int columns) {
+  const int band = tile / (kBand * columns), top = band * kBand, in_band = tile - top * columns;
+  const int height = rows - top < kBand ? rows - top : kBand;
+  return {top + in_band % height, in_band / height};
+}
+
+// What one copy brings: the box at (x, y) of the operand's matrix, to `to` of the stage, of both blocks or this one.
+struct Box {
+  int x, y;
+  int to;
+  bool both;
+};
+
+SGF_INLINE Box left_box(int k, int row, int rank) { return {k, row * kClusterRows + rank * kTileRows, 0, false}; }
+
+SGF_INLINE Box right_box_along_k(int width, int k, const Columns& columns, int rank) {
+  return {k, rank == 0 ? columns.first[0] : columns.first[1], kLeftBytes + rank * (width / 2) * kRowBytes, true};
+}
+
+constexpr int kBoxStep = kStep / kRanks;  // k of a box of a right operand along N
+
+SGF_INLINE Box right_box_along_n(int block, int k, const Columns& columns, int rank) {
+  return {columns.column + block * kBlock, k + rank * kBoxStep,
+          kLeftBytes + block * kBlockBytes + rank * kBoxStep * kRowBytes, true};
+}
+
+// Descriptors of 16 k, for a stage at this address.
+SGF_INLINE uint64_t left_operand(uint32_t stage, int group, int sixteenth) {
+  return hopper::descriptor(stage + group * kGroupRows * kRowBytes + sixteenth * 32, 0);
+}
+
+SGF_INLINE uint64_t right_operand(uint32_t stage, int sixteenth, bool along_n) {
+  const uint32_t right = stage + kLeftBytes;
+  return along_n ? hopper::descriptor(right + sixteenth * hopper::kSixteenRows, kBlockBytes)
+                 : hopper::descriptor(right + sixteenth * 32, 0);
+}
+
+// The stage that comes next, and the parity of its round: the consumers of a stage wait for `parity` of its full
+// barrier, its producer for the other one of the empty barrier, which in the first round does not wait.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  SGF_INLINE void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// The step of a tile after which the first warpgroup lets the second one begin it. Where tiles have fewer steps than
+// the ring has stages, it might pass on two turns before the second one takes any: then there are no turns, which is
+// -1.
+template <int kWidth>
+SGF_INLINE int lead_of(int steps) {
+  return steps < Shape<kWidth>::kStages ? -1 : Shape<kWidth>::kLead - 1;
+}
+
+// Per stage: warps that say that they have read it. Both ranks bring parts of it, so each waits for the warps of both.
+constexpr int kReaders = 8 * kRanks;
+
+// The first of the two accumulators for pair 8 block + 2 member of a chunk, in the thread's first row or the one 8
+// below.
+SGF_INLINE int accumulator_of(int chunk, int block, int below) { return 16 * chunk + 4 * block + 2 * below; }
+
+// Transposes a 4 x 4 matrix of words, of which each member of a quad holds a row: for bit = 1 and 2, for i = 0 and 1,
+// members that differ in that bit send each other one word.
+SGF_INLINE uint32_t outgoing(const uint32_t (&x)[4], int member, int bit, int i) {
+  const int low = bit == 1 ? 2 * i : i;
+  return member & bit ? x[low] : x[low + bit];
+}
+
+SGF_INLINE void incoming(uint32_t (&x)[4], int member, int bit, int i, uint32_t word) {
+  const int low = bit == 1 ? 2 * i : i;
+  x[low] = member & bit ? word : x[low];
+  x[low + bit] = member & bit ? x[low + bit] : word;
+}
+
+// A member's eight neighbouring columns of a chunk, of which `count` exist.
+struct Run {
+  int row;     // of the weight, which is also where its bias stands
+  int column;  // of y
+  int count;
+};
+
+SGF_INLINE Run run_of(int width, const Columns& columns, int chunk, int member) {
+  const int half = width / 2, at = chunk * kChunk + member * kRun;
+  const int within = at < half ? at : at - half;
+  const int first = at < half ? columns.first[0] : columns.first[1];
+  return {first + within, columns.column + at, clamp((at < half ? columns.count[0] : columns.count[1]) - within, kRun)};
+}
+
+// The width whose tiles end first under a model that has not been measured yet. A block's step takes 4 W clocks of
+// tensor cores, or as long as its operands take to come from L2; each tile costs kTileOverhead clocks for what does not
+// overlap.
+constexpr int kBytesPerClock = 40;
+constexpr int kTileOverhead = 1000;
+
+inline int choose_width(int M, int scaled, int unscaled, bool gated, int steps, int sms) {
+  const int clusters = sms > kRanks ? sms / kRanks : 1;
+  int best = 0;
+  int64_t best_cost = INT64_MAX;
+  for (int width : kWidths) {
+    const int64_t tiles = tiles_in(width, M, scaled, unscaled, gated);
+    const int multiplied = 4 * width, brought = (kLeftBytes + width * kRowBytes / kRanks) / kBytesPerClock;
+    const int64_t step = multiplied > brought ? multiplied : brought;
+    const int64_t cost = hopper::ceil_div(tiles, clusters) * (steps * step + kTileOverhead);
+    if (cost < best_cost) best = width, best_cost = cost;
+  }
+  return best;
+}
+
+// Sums of squares of y that each tile leaves in the workspace, fp32: [tiles across][M]. Enough for every width.
+inline int64_t squares_cells(int64_t M, int64_t n) { return hopper::ceil_div(n, kWidths[2]) * M; }
+
+}  // namespace sgf::prefill
