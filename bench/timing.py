@@ -2,8 +2,8 @@
 
 Clocks, neighbours and the pages that operands come to lie on change from moment to moment, and not all contenders of a
 row suffer alike. So they take turns, one call each, and all rows are visited several times over, each time on operands
-newly allocated, so that a row's turns are spread over minutes. A time is the median over all turns, a ratio that of
-two times; how far the visits differ says how sure it is.
+newly allocated, so that a row's turns are spread over minutes. What disturbs a visit makes it slower, so a time is that
+of the fastest visit, which is the median of its turns; how far the second fastest is behind says how sure that is.
 
 Where a call is bound by streaming its weights, the turns go through so many copies of them that none is still in the
 last cache when its turn comes again. On a GPU, one turn of a contender is the replay of a CUDA graph of calls, timed by
@@ -13,8 +13,8 @@ events; on a CPU the threads are pinned (bench/conftest.py).
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from itertools import chain, cycle
-from statistics import median, quantiles
+from itertools import cycle
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CACHE_BYTES = {"cpu": 96 << 20, "cuda": 192 << 20}[DEVICE.type]  # more than the last caches of the measured machines
 FEWEST_COPIES = {"cpu": 2, "cuda": 16}[DEVICE.type]  # on a GPU all copies are in one graph: enough to hide its launch
 VISITS = {"cpu": 8, "cuda": 1}[DEVICE.type]  # of each row in a run
-BLOCKS, SECONDS = {"cpu": (1, 0.2), "cuda": (5, 0.05)}[DEVICE.type]  # of a visit, on operands of their own; of a block
+BLOCKS, SECONDS = {"cpu": (1, 0.12), "cuda": (5, 0.05)}[DEVICE.type]  # of a visit, on operands of their own; of a block
 TURNS = 3  # in a block, at least
 PREFILL_ROWS = {"cpu": 128, "cuda": 4096}[DEVICE.type]
 AWAKE = torch.ones(1 << 18)
@@ -90,17 +90,16 @@ def seconds(contenders: Callable[[], Mapping[str, Calls | str]]) -> tuple[Times,
     return times, {name: why for name, why in made.items() if isinstance(why, str)}
 
 
-def ratio(theirs: list[list[float]], ours: list[list[float]]) -> tuple[float, float]:
-    """How many times as long theirs took, and twice the standard error of that as a share of it; times by block.
+def fastest(blocks: list[list[float]]) -> tuple[float, float]:
+    """The least median of a block of turns, and how far the next one is behind, as a share of it."""
+    first, *others = sorted(median(turns) for turns in blocks)
+    return first, others[0] / first - 1 if others else 0.0
 
-    The standard error of a median of n values is 0.93 times the distance of their quartiles, over the root of n.
-    """
-    value = median(chain(*theirs)) / median(chain(*ours))
-    blocks = [median(their) / median(own) for their, own in zip(theirs, ours, strict=True)]
-    if len(blocks) == 1:
-        return value, 0.0
-    low, _, high = quantiles(blocks, method="inclusive")
-    return value, 2 * 0.93 * (high - low) / len(blocks) ** 0.5 / value
+
+def ratio(theirs: list[list[float]], ours: list[list[float]]) -> tuple[float, float]:
+    """How many times as long theirs took, and by what share of that it may be off; times by block."""
+    (their_time, their_doubt), (our_time, our_doubt) = fastest(theirs), fastest(ours)
+    return their_time / our_time, their_doubt + our_doubt
 
 
 def _block(contenders: Mapping[str, Calls]) -> dict[str, list[float]]:
