@@ -22,9 +22,9 @@ HEADER = """# Benchmarks on {processor}, {threads} threads
 
 A row is one case; its first columns say which. **ms** is what one call of this package takes. **x torch** is how many
 times as fast that is as torch: 2 means half the time, below 1 means slower. Everything in a row took turns, call by
-call, on the same random data. Each row was visited several times, minutes apart, and times are those of each one's fastest
-visit (the median of its turns): whatever else the machine does makes the others slower. "±" says how far the second
-fastest visits are behind. The baselines:
+call, on the same random data. Each row was visited several times, minutes apart, and a time is that of the fastest
+visit (the median of its turns), since whatever else the machine does makes the others slower. "±" says how far the
+second fastest visits are behind. The baselines:
 
 * **reference**: the op's definition in plain torch, which is also what runs where no kernel does;
 * **torch**: the best that torch's own functions offer for the same result;
