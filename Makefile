@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One pip command for the package and everything it needs, so that the pinned torch is the only one that is downloaded.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
-FORMATTED := $(NATIVE) $(wildcard tests/native/*.cpp tests/emulator/*.cpp tests/emulator/*.h tests/emulator/cuda/*.cuh)
+FORMATTED := $(NATIVE) $(wildcard tests/native/*.[ch]* tests/emulator/*.[ch]* tests/emulator/cuda/*.cuh)
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(NATIVE)
 
 .PHONY: help quickstart test test-slow sanitize bench gpu-check wheel format clean

@@ -1,10 +1,10 @@
-// Holds the kernels' activations to their definitions in double precision, on the CPU.
+// The kernels' activations, against their definitions in double precision.
 #include "cuda/activation.h"
 
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <initializer_list>
+
+#include "expect.h"
 
 namespace {
 
@@ -24,10 +24,8 @@ double exact(double x, int activation) {
 
 void check(float x, int activation) {
   const double value = sgf::activate(x, activation), expected = exact(x, activation);
-  if (!(std::abs(value - expected) <= 4e-7 * (1 + std::abs(x)))) {
-    std::printf("activation %d of %g is %g, not %g\n", activation, x, value, expected);
-    std::exit(1);
-  }
+  const bool close = std::abs(value - expected) <= 4e-7 * (1 + std::abs(x));
+  expect(close, "an activation is what its definition says", activation, x);
 }
 
 }  // namespace
@@ -36,10 +34,7 @@ int main() {
   for (int activation = SGF_NO_ACTIVATION; activation <= SGF_SILU_GATE; ++activation) {
     for (int i = -20000; i <= 20000; ++i) check(static_cast<float>(i) / 1000, activation);
     for (float x : {-3e38f, -1e5f, -100.0f, 0.0f, 1e-30f, 100.0f, 1e5f, 3e38f}) check(x, activation);
-    if (!std::isnan(sgf::activate(NAN, activation))) {
-      std::printf("activation %d loses a NaN\n", activation);
-      return 1;
-    }
+    expect(std::isnan(sgf::activate(NAN, activation)), "an activation keeps a NaN", activation);
   }
   return 0;
 }

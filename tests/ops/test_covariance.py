@@ -34,7 +34,7 @@ def uneven(N, D, dtype, device):
     return ((torch.randn(N, D, device=device) + 0.5) * sizes).to(dtype)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (3, 17), (17, 40), (199, 136), (530, 152)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (3, 17), (17, 40), (199, 300), (530, 152)], ids=str)
 def test_matches_fp64(shape, backend, dtype, device):
     x = uneven(*shape, dtype, device)
     acc = torch.eye(shape[1], dtype=torch.float64, device=device)

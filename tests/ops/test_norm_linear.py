@@ -40,9 +40,10 @@ def test_activations_and_unscaled_columns(activation, unscaled, M, backend, dtyp
     check(inputs(M, 2 * 36 + unscaled, 40, dtype, device, activation, unscaled), backend)
 
 
-@pytest.mark.parametrize("M", [5, 130])
-def test_more_than_one_tile(M, backend, dtype, device):
-    check(inputs(M, 300, 200, dtype, device, "silu_gate", 40), backend)
+@pytest.mark.parametrize(("M", "pairs"), [(5, 130), (130, 130), (300, 120)])
+def test_more_than_one_tile(M, pairs, backend, dtype, device):
+    """The last sizes take the widest tiles of the CUDA kernels."""
+    check(inputs(M, 2 * pairs + 40, 200, dtype, device, "silu_gate", 40), backend)
 
 
 @pytest.mark.parametrize("M", [2, 33])

@@ -45,9 +45,10 @@ def test_matches_fp64(shape, shortcut, backend, dtype, device):
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-@pytest.mark.parametrize("M", [5, 140])
-def test_more_than_one_tile(M, shortcut, backend, device):
-    check(inputs(M, 264, 200, shortcut, torch.float16, device, bias=False), backend)
+@pytest.mark.parametrize(("M", "n"), [(5, 264), (140, 264), (300, 250)])
+def test_more_than_one_tile(M, n, shortcut, backend, device):
+    """The last sizes take the widest tiles of the CUDA kernels."""
+    check(inputs(M, n, 200, shortcut, torch.float16, device, bias=False), backend)
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
