@@ -1,8 +1,12 @@
-"""Measuring what serves each shape on this machine's GPU, for the user's tuning table (``slicegpt_fast.tuned``)."""
+"""Measuring what serves each shape on this machine's GPU, for the user's tuning table (``slicegpt_fast.tuned``).
+
+A kernel is timed only after its result was held against the reference: what is wrong on this GPU is never chosen.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +18,8 @@ from torch import Tensor
 from slicegpt_fast import tuned
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.dispatch import OPS, Request, regime_of
+
+TOLERANCE = 0.02  # of a result's norm: far above what 16-bit rounding does to it
 
 
 class Shape(NamedTuple):
@@ -59,6 +65,8 @@ def block_shapes(
 def tune(shapes: Iterable[Shape], dtype: torch.dtype) -> Iterator[Measured]:
     """Measures every backend on each shape, Triton's with every tile, into the user's table; yields each result.
 
+    A backend whose result differs from the reference's is warned of and counts as not measured.
+
     Raises:
         InputError: there is no CUDA device.
     """
@@ -69,10 +77,19 @@ def tune(shapes: Iterable[Shape], dtype: torch.dtype) -> Iterator[Measured]:
         op, regime = OPS[shape.op], regime_of(shape.op, shape.m)
         request = Request(shape.op, device, dtype, regime, (shape.m, shape.n, shape.k), shape.epilogue)
         arguments = operands(request)
+        expected = _results(op.backends["reference"].run, arguments)
         us, tile = {}, None
         for name, backend in op.backends.items():
-            if op.refusal(name, request) is None:
-                times = {t: microseconds(run) for t, run in _candidates(name, request, backend.run, arguments)}
+            if op.refusal(name, request) is not None:
+                continue
+            times = {}
+            for candidate, run in _candidates(name, request, backend.run):
+                if _agrees(run, arguments, expected):
+                    times[candidate] = microseconds(partial(run, arguments[0].clone(), *arguments[1:]))
+                else:
+                    what = f"{name} with {candidate}" if candidate else name
+                    warnings.warn(f"{what} gives wrong results for {shape} and is left out: report it.", stacklevel=2)
+            if times:
                 best = min(times, key=times.__getitem__)
                 us[name], tile = round(times[best], 2), best or tile
         entry = tuned.Measured(us, None if tile is None else asdict(tile))
@@ -115,12 +132,29 @@ def microseconds(run: Callable[[], Any]) -> float:
         return math.inf
 
 
-def _candidates(
-    backend: str, request: Request, run: Callable[..., Any], arguments: tuple[Any, ...]
-) -> Iterator[tuple[Any, Callable[[], Any]]]:
+def _results(run: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What a call computes: its results, or the first argument that it changed in place."""
+    first = arguments[0].clone()
+    returned = run(first, *arguments[1:])
+    return returned if isinstance(returned, tuple) else (first if returned is None else returned,)
+
+
+def _agrees(run: Callable[..., Any], arguments: tuple[Any, ...], expected: tuple[Tensor, ...]) -> bool:
+    """True where the results are the expected ones, or the GPU cannot hold the tile."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        results = _results(run, arguments)
+    except OutOfResources:
+        return True  # its time is infinite
+    norms = ((torch.dist(a.double(), b.double()), b.double().norm()) for a, b in zip(results, expected, strict=True))
+    return all(bool(distance <= TOLERANCE * norm) for distance, norm in norms)
+
+
+def _candidates(backend: str, request: Request, run: Callable[..., Any]) -> Iterator[tuple[Any, Callable[..., Any]]]:
     """What there is to time of a backend: Triton's matmuls with each tile, anything else as it is."""
     if backend != "triton" or request.op == "covariance_":
-        yield None, partial(run, *arguments)
+        yield None, run
         return
     from slicegpt_fast.triton_kernels.launch import gpu_of
     from slicegpt_fast.triton_kernels.tiles import tiles_for
@@ -128,7 +162,7 @@ def _candidates(
     m, *widths = request.shape
     aligned = all(width % 8 == 0 for width in (widths[1:] if request.op == "norm_linear" else widths))
     for tile in tiles_for(gpu_of(request.device), request.dtype, m, aligned, request.epilogue):
-        yield tile, partial(run, *arguments, tile)
+        yield tile, lambda *arguments, tile=tile: run(*arguments, tile)
 
 
 def _device() -> torch.device:

@@ -60,7 +60,7 @@ def test_every_backend_and_tile_is_measured(cache, clock):
     for shape, us in tune(SHAPES, HALF):
         assert us == dict(sorted(times.items(), key=lambda item: item[1]))
         assert list(us) == ["triton", "cpu", "reference"]
-        ran = [arguments for name, arguments in running if name == "triton"]
+        ran = [arguments for name, arguments in running if name == "triton"][::2]  # once to see that it is right
         arguments = ran[0] if shape.op == "covariance_" else ran[0][:-1]  # the last is the tile
         request = OPS[shape.op].request(*arguments)
         assert (request.op, *request.shape, request.epilogue) == shape
@@ -72,6 +72,25 @@ def test_every_backend_and_tile_is_measured(cache, clock):
             assert [arguments[-1] for arguments in ran] == list(every)
             assert entry.tile in [tile.__dict__ for tile in every]
         running.clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[8]], ids=lambda shape: shape.op)
+def test_a_kernel_that_is_wrong_is_left_out(shape, cache, clock, monkeypatch):
+    op = OPS[shape.op]
+    right = op.backends["cpu"].run
+
+    def wrong(first, *arguments):
+        returned = right(first, *arguments)
+        result = first if returned is None else returned[0] if isinstance(returned, tuple) else returned
+        result.mul_(1.5)
+        return returned
+
+    monkeypatch.setitem(op.backends, "cpu", dispatch.Backend(wrong, op.backends["cpu"].refuses))
+    with pytest.warns(UserWarning, match=r"^cpu gives wrong results for Shape\("):
+        ((_, us),) = tune([shape], HALF)
+    assert "cpu" not in us
+    assert {"triton", "reference"} == us.keys()
 
 
 @pytest.fixture
