@@ -11,7 +11,7 @@
 set -uo pipefail
 
 declare -A LIMITS=(  # seconds
-    [install]=180 [tests]=200 [tune]=150 [block]=150 [norm_linear]=120 [residual_linear]=150 [covariance]=60
+    [install]=180 [tests]=300 [tune]=150 [block]=150 [norm_linear]=120 [residual_linear]=150 [covariance]=60
     [sanitize]=120 [decode]=420 [eager]=240 [slicing]=200
 )
 STAGES=(tests tune block norm_linear residual_linear covariance sanitize decode eager slicing)

@@ -1,4 +1,4 @@
-// What the Hopper kernels share on the device: barriers, the copy engine and the tensor cores.
+// What the Hopper kernels' launchers tell the copy engine.
 #pragma once
 
 #include <cuda.h>
