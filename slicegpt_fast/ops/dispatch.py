@@ -119,7 +119,7 @@ def _known(backend: str, where: str) -> str:
     return backend
 
 
-def _asked_for(backend: str) -> str:
+def asked_for(backend: str) -> str:
     """The backend asked for, by the call, the context or the environment."""
     if backend != "auto":
         return _known(backend, "argument backend")
@@ -180,14 +180,14 @@ class Op:
             self.check(*arguments)
             return self.backends["reference"].run(*arguments)
         if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
-            run = self._plans.get((_asked_for(backend), *map(_metadata, arguments)))
+            run = self._plans.get((asked_for(backend), *map(_metadata, arguments)))
             if run is not None:  # a plan that was made below the dispatcher, whose 3 us a warm call so saves
                 return run(*arguments)
         return self.overload(*arguments, backend)
 
     def _run(self, *arguments: Any) -> Any:
         *inputs, backend = arguments
-        key = (_asked_for(backend), *map(_metadata, inputs))
+        key = (asked_for(backend), *map(_metadata, inputs))
         run = self._plans.get(key)
         if run is None:
             self.check(*inputs)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
+from types import MethodType
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import architecture_of
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.ops.dispatch import BACKENDS, OPS
+from slicegpt_fast.ops.dispatch import BACKENDS, OPS, asked_for
 from slicegpt_fast.patching.head import FusedHead
-from slicegpt_fast.patching.layers import DTYPES, FusedLayer, FusedSublayer, NotFusable, Requests
+from slicegpt_fast.patching.layers import DTYPES, FusedLayer, FusedSublayer, NotFusable, Requests, forward_slot
 from slicegpt_fast.patching.report import PatchReport, Row
 
 __all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
@@ -29,14 +31,24 @@ class Patch:
     options: tuple[str, tuple[str, ...], tuple[str, ...]]
     parts: dict[str, FusedSublayer | FusedHead | str] = field(default_factory=dict)  # str: why it stays as it is
     layers: list[FusedLayer] = field(default_factory=list)
+    replaced: list[tuple[nn.Module, object, object]] = field(default_factory=list)  # the forwards, new and old
 
-    def forwards(self) -> Iterator[tuple[nn.Module, str, object]]:
-        """Module, attribute and value of everything that is set on the model."""
-        for part in self.parts.values():
-            if not isinstance(part, str):
-                yield from ((module, "forward", forward) for module, forward in part.forwards.items())
-        for fused in self.layers:
-            yield fused.layer, fused.slot, fused.replacement
+    def apply(self) -> None:
+        """Sets the fused forwards."""
+        parts = [part for part in self.parts.values() if not isinstance(part, str)]
+        for module, forward in chain.from_iterable(part.forwards.items() for part in (*parts, *self.layers)):
+            slot = forward_slot(module)
+            self.replaced.append((module, forward, module.__dict__.get(slot)))
+            setattr(module, slot, forward)
+
+    def undo(self) -> None:
+        """Brings the old ones back, but where somebody has set another one since."""
+        for module, forward, before in self.replaced:
+            for slot in ("forward", "_old_forward"):  # accelerate's hooks may have come or gone since
+                if module.__dict__.get(slot) == forward:
+                    delattr(module, slot)
+                    if before is not None or slot == "_old_forward":
+                        setattr(module, slot, before or MethodType(type(module).forward, module))
 
 
 def patch_model(
@@ -51,8 +63,8 @@ def patch_model(
 
     Fused is what runs in evaluation mode and without autograd (``generate``, ``torch.no_grad()``); everything else goes
     through the layers as they were, and so does a sublayer on which somebody hangs a hook or an adapter later.
-    Parameters keep their names, shapes and values; those that one op reads together come to lie in one matrix. A dense
-    model's norm weights are folded into a copy of the matrices that read them: slice first to save that memory.
+    Parameters keep their names, shapes and values; those that one op reads together come to lie in one matrix, of which
+    they are views: no memory is added.
 
     Patch after moving the model to its device and dtype, and before ``torch.compile``.
 
@@ -96,21 +108,22 @@ def patch_model(
         _check_devices(f"{architecture.layers}.{index}", layer)
         part = patch.parts[name] = _fused(name, options, partial(FusedSublayer, layer, sublayer))
         if isinstance(part, FusedSublayer):
-            layers.setdefault(index, FusedLayer(layer, architecture)).sublayers[sublayer.name] = part
+            if index not in layers:
+                layers[index] = FusedLayer(layer, architecture)
+            layers[index].sublayers[sublayer.name] = part
     patch.parts[head_name] = _fused(head_name, options, partial(FusedHead, head))
     patch.layers = list(layers.values())
 
     if not patch.layers:
-        message = f"no decoder layer was patched: {next(filter(str, patch.parts.values()))}."
+        message = f"no decoder layer was patched: {next(iter(patch.parts.values()))}."
         if strict:
             raise InputError(message)
         warnings.warn(message, stacklevel=2)
     model._slicegpt_fast_patch = patch  # type: ignore[assignment]
     try:
         for fused in patch.layers:
-            fused.pack()
-        for module, attribute, forward in patch.forwards():
-            setattr(module, attribute, forward)
+            fused.attach()
+        patch.apply()
     except BaseException:
         unpatch_model(model)
         raise
@@ -127,9 +140,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     if patch is None:
         return model
     del model._slicegpt_fast_patch
-    for module, attribute, forward in patch.forwards():
-        if module.__dict__.get(attribute) == forward:
-            delattr(module, attribute)
+    patch.undo()
     for fused in patch.layers:
         fused.release()
     return model
@@ -144,7 +155,7 @@ def patch_report(model: PreTrainedModel) -> PatchReport:
     patch = _patch_of(model)
     if patch is None:
         raise InputError("the model is not patched: call patch_model first.")
-    return PatchReport(tuple(_row(name, part, patch.options[0]) for name, part in patch.parts.items()))
+    return PatchReport(tuple(_row(name, part, asked_for(patch.options[0])) for name, part in patch.parts.items()))
 
 
 def op_requests(model: PreTrainedModel) -> Requests:
@@ -161,9 +172,9 @@ def op_requests(model: PreTrainedModel) -> Requests:
 def _row(name: str, part: FusedSublayer | FusedHead | str, backend: str) -> Row:
     reason = part if isinstance(part, str) else "training mode" if part.module.training else part.changed()
     if isinstance(part, str) or reason is not None:
-        return Row(name, "", "", "", 0, reason)
+        return Row(name, "", "", "", reason)
     decode, prefill = _backends(part.requests(), backend)
-    return Row(name, " + ".join(request.op for request, _ in part.requests()), decode, prefill, part.copied_bytes, None)
+    return Row(name, " + ".join(request.op for request, _ in part.requests()), decode, prefill, None)
 
 
 def _backends(requests: Requests, backend: str) -> tuple[str, ...]:

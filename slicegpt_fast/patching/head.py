@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from slicegpt_fast.ops.dispatch import DECODE_ROWS
 from slicegpt_fast.ops.norm_linear import norm_linear
-from slicegpt_fast.patching.layers import Forward, NotFusable, Requests, infers, requests
+from slicegpt_fast.patching.layers import Forward, NotFusable, Requests, infers, is_plain, normalised, requests
 
 
 class FusedHead:
@@ -18,12 +17,11 @@ class FusedHead:
         Raises:
             NotFusable: the head is no plain linear layer.
         """
-        if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        if type(linear) is not nn.Linear or not is_plain(linear):
             raise NotFusable("it is no plain linear layer")
         self.module: nn.Linear = linear
         self.backend = backend
         self.forwards: dict[nn.Module, Forward] = {linear: self.forward}
-        self.copied_bytes = 0
 
     def requests(self) -> Requests:
         """What the op is asked for in decode; prefill is torch's."""
@@ -40,10 +38,10 @@ class FusedHead:
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        linear, rows = self.module, x.shape[:-1].numel()
+        linear, shape = self.module, x.shape[:-1]
+        rows = shape.numel()
         if rows > DECODE_ROWS or not infers(linear, [linear.weight], x):
             return nn.Linear.forward(linear, x)
-        # The norm is already done: a sum of squares of zero and an eps of one make the row scale one.
-        sumsq = torch.zeros(rows, dtype=torch.float32, device=x.device)
-        y = norm_linear(x.reshape(rows, -1), linear.weight, linear.bias, 1.0, 1, sumsq, backend=self.backend)
-        return y.view(*x.shape[:-1], -1)
+        x = x.reshape(rows, -1)  # the final norm has been done
+        y = norm_linear(x, linear.weight, linear.bias, *normalised(x), backend=self.backend)
+        return y.view(*shape, -1)

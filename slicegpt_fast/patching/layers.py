@@ -5,7 +5,8 @@ A fused sublayer is two ops around what transformers keeps doing itself:
     h --> norm_linear(packed q, k, v) --> rope, cache, attention --> residual_linear(o, shortcut) --> h'
     h --> norm_linear(packed gate, up, activation) ----------------> residual_linear(down, shortcut) --> h'
 
-Each h carries the sums of squares of its rows, which the next norm needs, from the op that wrote it.
+Each h carries the sums of squares of its rows, which the next norm needs, from the op that wrote it. A dense model's
+norm has a weight, which only a copy of the readers could take in: it runs before the op.
 
 The attention module is called as ever, but with the stream in place of the normalised stream. Its query, key and value
 projections have another ``forward`` on this instance: the first runs the op on the packed weight, the others take their
@@ -21,11 +22,13 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, repeat, zip_longest
+from types import MethodType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -69,7 +72,8 @@ class NotFusable(Exception):
 class Running(threading.local):
     """The sublayer whose attention this thread is inside of."""
 
-    attention: AttentionCall | None = None
+    def __init__(self) -> None:
+        self.attention: AttentionCall | None = None
 
 
 running = Running()
@@ -123,21 +127,28 @@ class FusedBranch:
     activation: str | None = None
     forwards: dict[nn.Module, Forward]
 
-    def __init__(self, layer: nn.Module, branch: Branch, negated: nn.Linear | None, backend: str) -> None:
-        """``negated``: the first factor of a low-rank shortcut, which rides along in ``read``."""
+    def __init__(self, layer: nn.Module, branch: Branch, down: nn.Linear | None, backend: str) -> None:
+        """``down``: the first factor of a low-rank shortcut, which rides along in ``read``."""
         self.module: nn.Module = at(layer, branch.modules[0])
-        self.eps, self.full_width, gamma = _norm(at(layer, branch.norm))
-        self.reader = PackedWeight(_linears(layer, branch.readers), gamma, negated)
+        self.norm: nn.Module = at(layer, branch.norm)
+        self.eps, self.full_width = _norm(self.norm)
+        self.reader = PackedWeight([*_linears(layer, branch.readers), *([] if down is None else [Weight(down)])])
         self.writer = PackedWeight(_linears(layer, branch.writers))
-        self.unscaled = 0 if negated is None else negated.out_features
+        self.unscaled = 0 if down is None else down.out_features
         self.backend = backend
         self.forwards = {}
 
     def read(self, h: Tensor, sumsq: Tensor | None) -> Tensor:
         """The normalised stream through the readers and the activation: [B, T, d] -> [B, T, n + r]."""
-        rows, weight = h.reshape(-1, h.shape[-1]), self.reader.matrix
-        epilogue = (self.reader.bias, self.eps, self.full_width, sumsq, self.activation, self.unscaled)
-        return norm_linear(rows, weight, *epilogue, backend=self.backend).view(*h.shape[:-1], -1)
+        rows, weight, bias = h.reshape(-1, h.shape[-1]), self.reader.matrix, self.reader.bias
+        if bias is not None and self.unscaled:
+            bias = bias[: -self.unscaled]
+        norm = (self.eps, self.full_width, sumsq)
+        if not isinstance(self.norm, WeightlessRMSNorm):
+            rows = F.rms_norm(rows, rows.shape[1:], cast(Tensor, self.norm.weight), self.eps)
+            norm = normalised(rows)
+        y = norm_linear(rows, weight, bias, *norm, self.activation, self.unscaled, backend=self.backend)
+        return y.view(*h.shape[:-1], -1)
 
     def run(self, h: Tensor, sumsq: Tensor | None, layer_arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
         """What the writer reads [B, T, k], all that ``read`` gave [B, T, n + r], and the attention weights."""
@@ -152,13 +163,14 @@ class FusedBranch:
 class FusedAttention(FusedBranch):
     """An attention module on the stream, with other forwards for its projections."""
 
-    def __init__(self, layer: nn.Module, branch: Branch, negated: nn.Linear | None, backend: str) -> None:
-        super().__init__(layer, branch, negated, backend)
+    def __init__(self, layer: nn.Module, branch: Branch, down: nn.Linear | None, backend: str) -> None:
+        super().__init__(layer, branch, down, backend)
         for path in branch.modules[1:]:
             if not isinstance(at(layer, path), nn.Dropout):
                 raise NotFusable(f"{path} follows the attention")
         for weight, columns in zip(self.reader.weights, self.reader.rows(), strict=True):
-            self.forwards[weight.owner] = ReaderForward(weight.owner, self, columns).forward
+            if weight.owner is not down:
+                self.forwards[weight.owner] = ReaderForward(weight.owner, self, columns).forward
         (writer,) = self.writer.weights
         self.forwards[writer.owner] = WriterForward(writer.owner, self).forward
 
@@ -175,9 +187,9 @@ class FusedAttention(FusedBranch):
 class FusedFeedForward(FusedBranch):
     """A feed-forward network; an activation that the op lacks runs between the two ops."""
 
-    def __init__(self, layer: nn.Module, branch: Branch, negated: nn.Linear | None, backend: str) -> None:
-        super().__init__(layer, branch, negated, backend)
-        rows = sum(weight.matrix.shape[0] for weight in self.reader.weights)
+    def __init__(self, layer: nn.Module, branch: Branch, down: nn.Linear | None, backend: str) -> None:
+        super().__init__(layer, branch, down, backend)
+        rows = self.reader.rows()[-1].stop - self.unscaled
         self.gated = rows == 2 * self.writer.weights[0].matrix.shape[1]
         self.act: nn.Module = at(layer, cast(str, branch.activation))
         self.activation = (GATED_ACTIVATIONS if self.gated else ACTIVATIONS).get(type(self.act))
@@ -206,22 +218,18 @@ class FusedSublayer:
         _check(layer, sublayer)
         down = self.shortcut.down if isinstance(self.shortcut, AlignedShortcut) else None
         self.branches = [
-            (FusedAttention if branch.activation is None else FusedFeedForward)(layer, branch, negated, backend)
-            for branch, negated in zip_longest(sublayer.branches, (down,))
+            (FusedAttention if branch.activation is None else FusedFeedForward)(layer, branch, first, backend)
+            for branch, first in zip_longest(sublayer.branches, (down,))
         ]
         self.forwards = {k: v for branch in self.branches for k, v in branch.forwards.items()}
-        # What must stay as it is now: which modules stand where, that none has hooks, and whose forward runs.
+        # What must stay as it is then: which modules stand where, that none has hooks, and whose forward runs.
         places = list(_places(layer, sublayer, self.shortcut))
         self._slots = [(parent._modules, name) for parent, name in places]
         self._modules = [slots[name] for slots, name in self._slots]
         self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]
         self._owns = [module.__dict__ for module in self._modules]
-        self._forwards = [self.forwards.get(cast(nn.Module, module)) for module in self._modules]
-
-    @property
-    def copied_bytes(self) -> int:
-        """Memory that the packed weights add."""
-        return sum(branch.reader.copied_bytes for branch in self.branches)
+        replaced = [{forward_slot(m): self.forwards[m]} if m in self.forwards else {} for m in self._modules]
+        self._forwards = [_forwards(own | forward) for own, forward in zip(self._owns, replaced, strict=True)]
 
     def requests(self) -> Requests:
         """What the ops are asked for."""
@@ -229,7 +237,7 @@ class FusedSublayer:
         pairs = chain((self._second_pair(),), repeat((0, "add")))
         for branch, (k2, shortcut) in zip(self.branches, pairs, strict=False):
             reader, writer = branch.reader.weights[0].matrix, branch.writer.weights[0].matrix
-            rows = branch.reader.rows()[-1].stop + branch.unscaled
+            rows = branch.reader.rows()[-1].stop
             found += requests("norm_linear", reader, (rows, reader.shape[1]), branch.activation)
             found += requests("residual_linear", writer, (writer.shape[0], writer.shape[1] + k2), shortcut)
         return found
@@ -252,7 +260,7 @@ class FusedSublayer:
             return "one of its modules was replaced"
         if any(self._hooks) and any(_foreign(hooks) for hooks in self._hooks):
             return "a hook on one of its modules"
-        if [own.get("forward") for own in self._owns] != self._forwards:
+        if [_forwards(own) for own in self._owns] != self._forwards:
             return "one of its modules got another forward"
         return None
 
@@ -280,7 +288,7 @@ class FusedSublayer:
         if up is None:
             return h, None
         V = F.pad(up.weight, (0, 0, 0, padding)).T if padding else up.weight.T
-        return h, (read[:, read.shape[1] - V.shape[0] :], V)
+        return h, (-read[:, read.shape[1] - V.shape[0] :], V)
 
 
 class FusedLayer:
@@ -290,23 +298,26 @@ class FusedLayer:
         self.layer = layer
         self.architecture = architecture
         self.sublayers: dict[str, FusedSublayer] = {}
-        self.slot = "_old_forward" if "_old_forward" in layer.__dict__ else "forward"  # under accelerate's wrapper
-        self._before = layer.__dict__.get(self.slot)
-        self.unfused = getattr(layer, self.slot)
-        self.replacement = self.forward
+        self.unfused = getattr(layer, forward_slot(layer))
+        self.forwards: dict[nn.Module, Forward] = {layer: self.forward}
         self._parameters: list[Tensor] = list(layer.parameters())
+        self._loading: RemovableHandle | None = None
 
-    def pack(self) -> None:
-        """Lays the weights of the fused sublayers out."""
+    def attach(self) -> None:
+        """Lays the weights out, now and whenever ``load_state_dict`` has put others in their place."""
+        self._loading = self.layer.register_load_state_dict_post_hook(self._pack)
+        self._pack()
+
+    def _pack(self, *_: Any) -> None:
         for sublayer in self.sublayers.values():
             for branch in sublayer.branches:
-                branch.reader.pack()
-                branch.writer.pack()
+                branch.reader.refresh()
+                branch.writer.refresh()
 
     def release(self) -> None:
-        """Gives the layer its own forward and its parameters their own memory; whoever kept ``forward`` may call it."""
-        if self._before is not None and self.slot not in self.layer.__dict__:
-            setattr(self.layer, self.slot, self._before)
+        """Gives the parameters memory of their own; whoever kept ``forward`` may call it."""
+        if self._loading is not None:
+            self._loading.remove()
         for sublayer in self.sublayers.values():
             for branch in sublayer.branches:
                 branch.reader.unpack()
@@ -331,6 +342,20 @@ class FusedLayer:
         if _foreign(layer._forward_hooks):
             set_row_statistic(hidden_states, None)
         return (hidden_states, attention_weights) if architecture.returns_tuple else hidden_states
+
+
+def forward_slot(module: nn.Module) -> str:
+    """The attribute that holds what a module runs: accelerate puts its own ``forward`` before it."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """True where a module runs its class's forward, at most under a hook of accelerate's that moves its arguments."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None and (type(hook).__name__ != "AlignDevicesHook" or hook.offload):
+        return False
+    own = module.__dict__.get(forward_slot(module))
+    return own is None or own == MethodType(type(module).forward, module)
 
 
 def infers(module: nn.Module, parameters: list[Tensor], x: Tensor) -> bool:
@@ -360,12 +385,17 @@ def _version(h: Tensor) -> int | None:
     return None if torch.compiler.is_compiling() or h.is_inference() else h._version
 
 
-def _norm(norm: nn.Module) -> tuple[float, int, nn.Module | None]:
-    """A norm's eps, the width it divides by, and itself where it has a weight to fold."""
+def normalised(x: Tensor) -> tuple[float, int, Tensor]:
+    """The eps, width and sums of squares [M] by which ``norm_linear`` leaves the rows of x [M, d] as they are."""
+    return 1.0, 1, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+
+
+def _norm(norm: nn.Module) -> tuple[float, int]:
+    """A norm's eps, and the width it divides by."""
     if isinstance(norm, WeightlessRMSNorm):
-        return norm.eps, norm.full_width, None
+        return norm.eps, norm.full_width
     if "RMSNorm" in type(norm).__name__:
-        return norm_eps(norm), cast(Tensor, norm.weight).shape[0], norm
+        return norm_eps(norm), cast(Tensor, norm.weight).shape[0]
     raise NotFusable(
         f"its {type(norm).__name__} subtracts a mean: slice the model first, at sparsity=0 to keep all of it"
     )
@@ -386,7 +416,7 @@ def _check(layer: nn.Module, sublayer: Sublayer) -> None:
         if type(parameter.data) is not Tensor or parameter.dtype not in DTYPES:
             raise NotFusable(f"its weights are quantised or of dtype {parameter.dtype}")
     for module in modules:
-        if "forward" in module.__dict__:
+        if not is_plain(module):
             raise NotFusable(f"a {type(module).__name__} in it has a forward of its own")
 
 
@@ -407,6 +437,10 @@ def _places(layer: nn.Module, sublayer: Sublayer, shortcut: nn.Module | None) ->
     if shortcut is not None:
         yield layer, shortcut_name(sublayer)
         yield from ((shortcut, name) for name, child in shortcut.named_children() if child is not None)
+
+
+def _forwards(own: dict[str, Any]) -> tuple[Any, Any]:
+    return own.get("forward"), own.get("_old_forward")
 
 
 def _foreign(hooks: dict[int, Callable[..., Any]]) -> bool:

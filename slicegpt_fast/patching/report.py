@@ -17,7 +17,6 @@ class Row:
     ops: str  # in the order in which they run
     decode: str  # backend of each op for up to 16 rows
     prefill: str  # and for more
-    copied_bytes: int  # weights that are held twice
     reason: str | None  # why the part runs unfused; None: it runs fused
 
 
@@ -33,12 +32,9 @@ class PatchReport:
         return sum(row.reason is None for row in self.rows)
 
     def __str__(self) -> str:
-        table = Table("layer", "ops", "decode", "prefill", "copied", "why not", box=None, pad_edge=False)
+        table = Table("layer", "ops", "decode", "prefill", "why not", box=None, pad_edge=False)
         for row in self.rows:
-            copied = f"{row.copied_bytes / 1e6:.1f} MB" if row.copied_bytes else ""
-            table.add_row(row.layer, row.ops, row.decode, row.prefill, copied, row.reason or "")
+            table.add_row(row.layer, row.ops, row.decode, row.prefill, row.reason or "")
         text = StringIO()
         Console(file=text, width=160).print(table)
-        copied_bytes = sum(row.copied_bytes for row in self.rows)
-        fused = f"{self.fused} of {len(self.rows)} fused"
-        return f"{text.getvalue()}{fused}; {copied_bytes / 1e6:.1f} MB of weights held twice"
+        return f"{text.getvalue()}{self.fused} of {len(self.rows)} fused"

@@ -108,27 +108,40 @@ def test_half_precision_is_as_good_as_unpatched(dtype, plan, backend):
 
 
 @pytest.mark.parametrize("plan", ["dense", "shared", "aligned"])
-def test_the_weights_are_views_and_cost_nothing_once_sliced(plan):
+def test_the_weights_are_views_and_add_no_memory(plan):
     model = model_of(plan=plan)
     patch_model(model)
     layer = model.model.layers[0]
     queries, keys = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
     gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
-    copied = sum(row.copied_bytes for row in patch_report(model).rows)
-    if plan == "dense":
-        readers = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-        assert copied == sum(
-            p.nbytes for n, p in model.named_parameters() if n.endswith(".weight") and n.split(".")[-2] in readers
-        )
-        assert f"{copied / 1e6:.1f} MB of weights held twice" in str(patch_report(model))
-    else:
-        assert keys.data_ptr() == queries.data_ptr() + queries.nbytes
-        assert up.data_ptr() == gate.data_ptr() + gate.nbytes
-        assert copied == (
-            0 if plan == "shared" else sum(p.nbytes for n, p in model.named_parameters() if "down.w" in n)
-        )
+    assert keys.data_ptr() == queries.data_ptr() + queries.nbytes
+    assert up.data_ptr() == gate.data_ptr() + gate.nbytes
+    matrices = [
+        packed.matrix
+        for fused in model._slicegpt_fast_patch.layers
+        for sublayer in fused.sublayers.values()
+        for branch in sublayer.branches
+        for packed in (branch.reader, branch.writer)
+    ]
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert len(matrices) == 12
+    assert all(matrix.untyped_storage().data_ptr() in storages for matrix in matrices)
     unpatch_model(model)
     assert keys.data_ptr() != queries.data_ptr() + queries.nbytes
+
+
+@pytest.mark.parametrize("plan", ["dense", "aligned"])
+def test_writing_into_a_parameters_data_is_seen(plan):
+    """As adapters do when they are merged: neither a version nor an address tells of it."""
+    model = patch_model(model_of(plan=plan))
+    ids = tokens(2, 9)
+    before = logits(model, ids)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_proj.weight", "layernorm.weight", "down.weight", "up_proj.weight")):
+            parameter.data += 0.05
+    after = logits(model, ids)
+    assert not close(after, before)
+    assert close(after, logits(unpatch_model(model), ids))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,6 +219,36 @@ def test_compiles_without_a_graph_break(family, plan):
     assert torch._dynamo.explain(model)(ids).graph_break_count == 0
 
 
+CHANGES = {
+    "loaded": lambda model, other: model.load_state_dict(other.state_dict()) and model,
+    "assigned": lambda model, other: model.load_state_dict(other.state_dict(), assign=True) and model,
+    "copied": lambda model, other: copy.deepcopy(model),
+    "moved": lambda model, other: model.double().float(),
+    "to bf16": lambda model, other: model.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("plan", ["dense", "aligned"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_compiling_after_a_change(change, plan):
+    """The first run after it is the compiled one."""
+    ids, other = tokens(2, 9), model_of(plan=plan)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    model = patch_model(model_of(plan=plan))
+    logits(model, ids)
+    model = CHANGES[change](model, other).eval()
+    if change == "copied":
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    compiled = logits(torch.compile(model, fullgraph=True, backend="eager"), ids)
+    expected = logits(model, ids)
+    assert torch.equal(expected, compiled)
+    unpatched = logits(unpatch_model(model), ids)
+    assert (expected - unpatched).abs().max() <= (0.05 if change == "to bf16" else 1e-5) * unpatched.abs().max()
+
+
 @torch.no_grad()
 def test_compiled_decoding_with_a_static_cache(model):
     ids, following = tokens(2, 9), tokens(2, 1)
@@ -280,11 +323,13 @@ def test_a_layer_hook_may_change_the_stream_in_place(model, grad):
         assert close(patch_model(model)(ids).logits, expected)
 
 
-def test_adapters(model):
+@pytest.mark.parametrize("plan", ["dense", "shared"])
+def test_adapters(plan):
     from peft import LoraConfig, get_peft_model
 
+    model = patch_model(model_of(plan=plan))
     ids = tokens(2, 9)
-    patch_model(model)
+    before = logits(model, ids)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     adapted.eval()
     patched = logits(adapted, ids)
@@ -293,8 +338,32 @@ def test_adapters(model):
     assert close(patched, logits(adapted.merge_and_unload(), ids))
     assert patch_report(model).fused == 7
     merged = logits(model, ids)
+    assert not close(merged, before)
     assert close(merged, logits(unpatch_model(model), ids))
     assert close(merged, patched)
+
+
+@pytest.mark.parametrize("plan", ["dense", "shared", "aligned"])
+def test_adapters_merged_before_the_model_ran_with_them(plan):
+    from peft import LoraConfig, get_peft_model
+
+    model = patch_model(model_of(plan=plan))
+    ids = tokens(2, 9)
+    before = logits(model, ids)
+    targets = ["k_proj", "up_proj", *(["down"] if plan == "aligned" else [])]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    merged = get_peft_model(model, config).merge_and_unload().eval()
+    after = logits(merged, ids)
+    assert patch_report(model).fused == 7
+    assert not close(after, before)
+    assert close(after, logits(unpatch_model(model), ids))
+
+
+def test_the_report_heeds_the_environment(model, monkeypatch):
+    patch_model(model)
+    assert {row.decode for row in patch_report(model).rows} == {"cpu"}
+    monkeypatch.setenv("SLICEGPT_FAST_BACKEND", "reference")
+    assert {row.decode for row in patch_report(model).rows} == {"reference"}
 
 
 def test_adapters_that_were_there_before(model):
@@ -508,19 +577,49 @@ def test_a_patched_model_can_be_sliced():
     assert close(logits(patch_model(sliced), ids), expected)
 
 
-def test_layers_under_accelerates_hooks(model):
-    """Models spread over devices have a hook on every layer, which takes the layer's place as ``forward``."""
+@pytest.mark.parametrize("everywhere", [False, True], ids=["layers", "all modules"])
+def test_under_accelerates_hooks(model, everywhere):
+    """Models spread over devices have a hook on every layer and every module in it, in the place of ``forward``."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
     ids = tokens(2, 9)
     expected = logits(model, ids)
-    for layer in model.model.layers:
-        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    layers = list(model.model.layers)
+    hooked = [*layers, *(m for layer in layers for m in layer.modules() if everywhere and m._parameters)]
+    hooked += [model.lm_head] if everywhere else []
+
+    def hook():
+        for module in hooked:
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+
+    hook()
+    forwards = [module.__dict__["_old_forward"] for module in hooked]
     patch_model(model)
     assert patch_report(model).fused == 7
-    assert model.model.layers[0]._old_forward.__self__.sublayers.keys() == {"attention", "feedforward"}
+    assert layers[0]._old_forward.__self__.sublayers.keys() == {"attention", "feedforward"}
     assert close(logits(model, ids), expected)
     assert torch.equal(logits(unpatch_model(model), ids), expected)
-    for layer in model.model.layers:
-        remove_hook_from_module(layer)
-    assert torch.equal(logits(model, ids), expected)
+    assert [module.__dict__["_old_forward"] for module in hooked] == forwards
+
+    patch_model(model)
+    for module in hooked:
+        remove_hook_from_module(module)
+    assert close(logits(model, ids), expected)
+    assert torch.equal(logits(unpatch_model(model), ids), expected)
+    assert patch_report(patch_model(model)).fused == 7
+    hook()
+    assert patch_report(model).fused == (1 if everywhere else 7)  # the head
+    assert close(logits(model, ids), expected)
+    assert torch.equal(logits(unpatch_model(model), ids), expected)
+
+
+def test_offloading_hooks_keep_a_sublayer_unfused(model):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    ids = tokens(2, 9)
+    expected = logits(model, ids)
+    projection = model.model.layers[0].self_attn.q_proj
+    state = {name: tensor.clone() for name, tensor in projection.state_dict().items()}
+    add_hook_to_module(projection, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=state))
+    assert patch_report(patch_model(model)).fused == 6
+    assert close(logits(model, ids), expected)
