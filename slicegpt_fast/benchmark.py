@@ -218,7 +218,7 @@ def _probes(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     """What machine_rates reads, and what it multiplies."""
     read, size = PROBES.get(device.type, PROBES["cpu"])
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return torch.randn(read // 4, device=device), a, b
+    return torch.randn(read // 4, device=device, dtype=torch.float32), a, b
 
 
 def machine(device: torch.device) -> dict[str, str]:

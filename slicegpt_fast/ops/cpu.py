@@ -52,9 +52,9 @@ def norm_linear(
     n = weight.shape[0]
     product = h @ weight.T if STREAMED_ROWS[h.dtype] < M else None
     if activation == "silu_gate":
-        y = torch.empty((M, (n + unscaled) // 2), dtype=h.dtype)
+        y = h.new_empty(M, (n + unscaled) // 2)
     else:
-        y = torch.empty((M, n), dtype=h.dtype) if product is None else product
+        y = h.new_empty(M, n) if product is None else product
     h, weight = rows(h), _rows_or_columns(weight)
     bias, sumsq = vector(bias), vector(sumsq)
     _C.norm_linear(
@@ -70,14 +70,14 @@ def residual_linear(
     """Many rows: torch's matmuls onto the residual, then bias and squares in one pass."""
     M, K = a.shape
     n = weight.shape[0]
-    sumsq = torch.empty(M)
+    sumsq = torch.empty(M, dtype=torch.float32, device=a.device)
     if STREAMED_ROWS[a.dtype] < M:
         y = a @ weight.T if residual is None else torch.addmm(residual, a, weight.T)
         if a2 is not None and weight2 is not None:
             y.addmm_(a2, weight2)
         K, residual, a2, weight2 = 0, y, None, None
     else:
-        y = torch.empty((M, n), dtype=a.dtype)
+        y = a.new_empty(M, n)
     a, weight = rows(a), _rows_or_columns(weight)
     residual, a2, bias = rows(residual), rows(a2), vector(bias)
     weight2 = None if weight2 is None else _rows_or_columns(weight2)

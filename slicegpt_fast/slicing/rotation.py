@@ -125,7 +125,8 @@ def _fill_shortcut_(shortcut: Any, basis: Tensor, following: Tensor) -> None:
         Weight(shortcut).matrix = following.T @ basis
     elif shortcut.down is not None:
         product = basis.T @ following[:, : basis.shape[1]]
-        values, vectors = torch.linalg.eigh(torch.eye(len(product)).to(product) - (product + product.T) / 2)
+        identity = torch.eye(len(product), dtype=product.dtype, device=product.device)
+        values, vectors = torch.linalg.eigh(identity - (product + product.T) / 2)
         rank = shortcut.down.out_features
         Weight(shortcut.down).matrix = vectors[:, -rank:].T
         Weight(shortcut.up).matrix = vectors[:, -rank:] * values[-rank:]

@@ -1,5 +1,8 @@
 """The tolerance rule of the matmul kernels, and inputs that are hard on it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -36,3 +39,15 @@ def poisoned(x: Tensor) -> Tensor:
     view = store[1:-1, 3:-2]
     view.copy_(x)
     return view
+
+
+@contextmanager
+def other_defaults() -> Iterator[None]:
+    """Inside, torch makes tensors of another dtype on another device where neither is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)

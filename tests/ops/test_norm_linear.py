@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.accuracy import assert_as_good_as_torch, device_of, double, poisoned, random
+from ops.accuracy import assert_as_good_as_torch, device_of, double, other_defaults, poisoned, random
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from slicegpt_fast.errors import InputError
@@ -133,6 +133,15 @@ def test_cpu_leaves_fp64_to_torch():
     with pytest.raises(InputError, match=r"'cpu' cannot run norm_linear: it has no torch\.float64 kernel"):
         norm_linear(*arguments, backend="cpu")
     assert torch.equal(norm_linear(*arguments), reference(*arguments))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu_gate"])
+@pytest.mark.parametrize("M", [3, 100])
+def test_defaults_of_torch_play_no_part(M, activation):
+    arguments = inputs(M, 24, 16, torch.float32, "cpu", activation)
+    expected = norm_linear(*arguments, backend="cpu")
+    with other_defaults():
+        assert torch.equal(norm_linear(*arguments, backend="cpu"), expected)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.accuracy import assert_as_good_as_torch, device_of, double, poisoned, random
+from ops.accuracy import assert_as_good_as_torch, device_of, double, other_defaults, poisoned, random
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from slicegpt_fast.errors import InputError
@@ -124,6 +124,16 @@ def test_threads_change_no_bit(shortcut, M, dtype, threads):
     for count in (1, 3):
         threads(count)
         assert all(map(torch.equal, residual_linear(*arguments, backend="cpu"), expected))
+
+
+@pytest.mark.parametrize("M", [3, 100])
+def test_defaults_of_torch_play_no_part(M):
+    arguments = inputs(M, 24, 16, "dense", torch.float32, "cpu")
+    expected = residual_linear(*arguments, backend="cpu")
+    with other_defaults():
+        y, sumsq = residual_linear(*arguments, backend="cpu")
+    assert torch.equal(y, expected[0])
+    assert torch.equal(sumsq, expected[1])
 
 
 @pytest.mark.parametrize(

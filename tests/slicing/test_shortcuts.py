@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from models import FAMILIES, tiny_model, tokens
+from ops.accuracy import other_defaults
 
 from slicegpt_fast import InputError, slice_model
 from slicegpt_fast.architectures import architecture_of
@@ -55,6 +56,15 @@ def test_aligned_shortcuts_are_the_identity_minus_a_low_rank():
             else:  # into the unsliced head: exactly the identity, padded
                 torch.testing.assert_close(product, torch.eye(32, 48, dtype=torch.float64))
                 assert list(shortcut.parameters()) == []
+
+
+def test_defaults_of_torch_play_no_part():
+    model = tiny_model()
+    arguments = dict(target_params=0.85, shortcut="aligned", schedule="variance", refit=True)
+    expected = sliced_by(model, **arguments).state_dict()
+    with other_defaults():
+        sliced = sliced_by(model, **arguments).state_dict()
+    assert all(torch.equal(sliced[name], expected[name]) for name in expected)
 
 
 @torch.no_grad()
