@@ -95,7 +95,7 @@ def find_bases(
             if unfinished:
                 covariance = unfinished.pop()
             else:
-                covariance = torch.zeros(full, full, dtype=torch.float64, device=stream.counted[0].device)
+                covariance = torch.zeros(full, full, dtype=torch.float64, device=stream.device)
             for i, mask in enumerate(stream.counted):
                 state = stream.states[i]
                 if centered:
@@ -165,8 +165,10 @@ def refit_readers(
                     dense = stream.states[i] = _centred(dense)
                     narrow = _centred(narrow)
                 narrow = sliced[i] = narrow @ factor
-                x = (narrow * rstd(narrow, full, eps)).flatten(0, 1)[mask]
-                y = (dense * rstd(dense, full, eps)).flatten(0, 1)[mask]
+                x = (narrow * rstd(narrow, full, eps)).flatten(0, 1)
+                y = (dense * rstd(dense, full, eps)).flatten(0, 1)
+                if mask is not None:
+                    x, y = x[mask], y[mask]
                 gram += x.T @ x  # fp32 within a batch: the damping is far above its rounding
                 cross += x.T @ y
             damping = REFIT_DAMPING * gram.diagonal().mean()

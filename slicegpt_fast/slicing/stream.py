@@ -25,15 +25,17 @@ class Stream:
 
     Attributes:
         states: one [B, T, D] tensor per batch.
-        counted: one [B * T] bool tensor per batch, false at padding.
+        counted: per batch, a [B * T] bool tensor that is false at padding, or None where there is none.
         layer_arguments: per batch, the keyword arguments that each decoder layer is called with.
         tokens: how many positions count.
+        device: that of the states.
     """
 
     states: MutableSequence[Tensor]
-    counted: list[Tensor]
+    counted: list[Tensor | None]
     layer_arguments: list[list[dict[str, Any]]]
     tokens: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,14 @@ def visit(model: PreTrainedModel, storage: Storage, description: str, *, progres
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside, the model's own mode after."""
-    training = model.training
+    """Evaluation mode (no dropout) inside, each module's own mode after."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def enter(model: PreTrainedModel, calibration: Iterable[Batch], storage: Storage, *, at_least: int) -> Stream:
@@ -102,8 +105,8 @@ def enter(model: PreTrainedModel, calibration: Iterable[Batch], storage: Storage
     with storage.loaded(*architecture.embeddings, architecture.final_norm):
         device = at(model, architecture.embeddings[0]).weight.device
         batches = checked(calibration, model.config.vocab_size, device)
-        counted = [batch["attention_mask"].bool().flatten() for batch in batches]
-        tokens = sum(int(mask.sum()) for mask in counted)
+        masks = [batch["attention_mask"].bool().flatten() for batch in batches]
+        tokens = sum(int(mask.sum()) for mask in masks)
         if tokens < at_least:
             raise InputError(
                 f"calibration has {tokens} tokens, but a basis of {at_least} directions needs at least as many: give "
@@ -117,7 +120,8 @@ def enter(model: PreTrainedModel, calibration: Iterable[Batch], storage: Storage
                 states.append(state)
             mask = batch["attention_mask"]
             layer_arguments.append(by_mask.setdefault((mask.shape, mask.cpu().numpy().tobytes()), arguments))
-    return Stream(states, counted, layer_arguments, tokens)
+    counted = [None if mask.all() else mask for mask in masks]
+    return Stream(states, counted, layer_arguments, tokens, device)
 
 
 def checked(calibration: Iterable[Batch], vocab_size: int, device: torch.device) -> list[dict[str, Tensor]]:

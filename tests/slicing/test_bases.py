@@ -7,7 +7,8 @@ import torch
 from models import VOCABULARY, tiny_model, tokens
 
 from slicegpt_fast import InputError
-from slicegpt_fast.slicing import find_bases, make_plan
+from slicegpt_fast.ops import covariance_
+from slicegpt_fast.slicing import find_bases, fit_bases, make_plan
 from slicegpt_fast.slicing.bases import principal_components
 
 
@@ -102,13 +103,32 @@ def test_padding_counts_nowhere(basis, side):
 @torch.no_grad()
 def test_the_model_is_left_as_it_was():
     model = tiny_model().train()
+    model.model.layers[1].mlp.eval()
+    modes = [module.training for module in model.modules()]
     before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict().items()}
     find_bases(model, tokens(4, 32), make_plan(model, sparsity=0.3), progress=False)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert all("forward" not in vars(module) for module in model.modules())
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == before[name][0].data_ptr()
         assert torch.equal(tensor, before[name][1])
+
+
+def test_only_padded_batches_are_masked(monkeypatch):
+    """A mask that is true everywhere would cost a copy of the activations."""
+    masks = []
+
+    def spy(acc, x, row_scale, mask):
+        masks.append(mask)
+        return covariance_(acc, x, row_scale, mask)
+
+    monkeypatch.setattr("slicegpt_fast.slicing.bases.covariance_", spy)
+    whole, padded = torch.ones(1, 32, dtype=torch.long), torch.ones(1, 32, dtype=torch.long)
+    padded[0, 30:] = 0
+    batches = [tokens(1, 32), *({"input_ids": tokens(1, 32), "attention_mask": mask} for mask in (whole, padded))]
+    fit_bases(tiny_model(), batches, sparsity=0.3, refit=True, progress=False)
+    assert masks[:2] == [None, None]
+    assert torch.equal(masks[2], padded[0].bool())
 
 
 def test_dropout_plays_no_part():
