@@ -285,7 +285,16 @@ def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None
     if method == "slicegpt":
         raise InputError("the model is sliced already: slice the dense model it was made from.")
     if method is not None:
-        raise InputError(f"the model is quantised ({method}): slice the unquantised model, then quantise the result.")
+        raise InputError(
+            f"the model is quantised ({method}): slice the unquantised model with basis='shared', export it, and "
+            "quantise that."
+        )
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise InputError(
+            f"the model is spread over several devices ({', '.join(sorted(devices))}): load it on one device, or slice "
+            "from file to file with slice_checkpoint."
+        )
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"{name} has dtype {parameter.dtype}: load the model in float32, bfloat16 or float16.")

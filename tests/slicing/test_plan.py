@@ -136,6 +136,11 @@ def quantised(model):
     return model
 
 
+def spread_over_devices(model):
+    model.model.layers[1].to("meta")
+    return model
+
+
 def already_sliced(model):
     return slice_model(model, [tokens(4, 32)], sparsity=0.25, progress=False)
 
@@ -145,7 +150,14 @@ def already_sliced(model):
     [
         (already_sliced, "the model is sliced already"),
         (on_meta, "is on the meta device"),
-        (quantised, r"the model is quantised \(bitsandbytes\)"),
+        (
+            quantised,
+            r"the model is quantised \(bitsandbytes\): slice the unquantised model with basis='shared', export it, and",
+        ),
+        (
+            spread_over_devices,
+            r"is spread over several devices \(cpu, meta\): load it on one device, or slice from file",
+        ),
         (lora, r"model\.layers\.0\.self_attn holds a peft\.tuners\.lora\.layer\.Linear, not a plain linear layer"),
         (lambda model: model.model, "LlamaModel has no language head"),
         (lambda model: nn.Linear(3, 3), "model must be a transformers causal language model, not Linear"),
