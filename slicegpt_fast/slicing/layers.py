@@ -115,7 +115,19 @@ def with_shortcuts(kind: type[nn.Module], architecture: Architecture) -> type[nn
     """The class of a family's decoder layers with shortcuts; its name stays, by which other libraries know it."""
     if hasattr(kind, "architecture"):
         return kind
-    return type(kind.__name__, (kind,), {"architecture": architecture, "forward": forward_with_shortcuts})
+    members = {"architecture": architecture, "forward": forward_with_shortcuts, "__reduce_ex__": reduce_with_shortcuts}
+    return type(kind.__name__, (kind,), members)
+
+
+def reduce_with_shortcuts(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """How a decoder layer with shortcuts is copied and pickled: its class is in no module, but can be made again."""
+    return new_with_shortcuts, (type(layer).__base__, layer.architecture), layer.__getstate__()
+
+
+def new_with_shortcuts(kind: type[nn.Module], architecture: Architecture) -> nn.Module:
+    """An instance of :func:`with_shortcuts` without contents."""
+    made = with_shortcuts(kind, architecture)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:

@@ -17,6 +17,7 @@ from slicegpt_fast.slicing.layers import narrow_, shortcut_name
 from slicegpt_fast.slicing.plan import check_plan
 
 
+@torch.inference_mode(False)  # its weights could not be trained
 def apply_bases(model: PreTrainedModel, bases: Bases, *, progress: bool = True) -> PreTrainedModel:
     """Return a sliced copy of the dense ``model``; the dense model is left as it was.
 

@@ -1,5 +1,6 @@
 """Basis groups, aligned shortcuts, per-site sizes, re-fitted readers."""
 
+import copy
 import gc
 import weakref
 
@@ -215,6 +216,13 @@ def test_round_to_auto_suits_the_device():
     assert make_plan(tiny_model(), sparsity=0.25, round_to="auto").widths[0] == 32
 
 
+def test_a_model_sliced_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        sliced = sliced_by(tiny_model(), sparsity=0.25, shortcut="aligned", refit=True)
+    sliced(tokens(1, 9)).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in sliced.parameters())
+
+
 def test_a_sliced_model_is_freed_with_its_last_reference():
     sliced = sliced_by(tiny_model(), sparsity=0.25)
     layer = weakref.ref(sliced.model.layers[0])
@@ -224,6 +232,16 @@ def test_a_sliced_model_is_freed_with_its_last_reference():
         assert layer() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+def test_copies_and_pickles_are_of_the_same_classes(family, tmp_path):
+    sliced = sliced_by(tiny_model(family), sparsity=0.25)
+    torch.save(sliced, tmp_path / "model.pt")
+    for again in (copy.deepcopy(sliced), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert [type(module) for module in again.modules()] == [type(module) for module in sliced.modules()]
+        with torch.no_grad():
+            assert torch.equal(again(tokens(1, 9)).logits, sliced(tokens(1, 9)).logits)
 
 
 def test_layers_with_shortcuts_are_still_of_their_family():
