@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, StaticCache
 
-from slicegpt_fast.errors import InputError
+from slicegpt_fast.errors import InputError, reason
 from slicegpt_fast.evaluation import flops_per_token, read_bytes, stored_parameters
 from slicegpt_fast.native import cpu_isa
 
@@ -149,9 +149,8 @@ def benchmark(
                 try:
                     seconds = _time_once(contender, prompt, new_tokens)
                 except Exception as error:
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
                     raise InputError(
-                        f"the {harness} harness cannot run the {name} model ({reason}): leave that harness out."
+                        f"the {harness} harness cannot run the {name} model ({reason(error)}): leave that harness out."
                     ) from error
                 passes[name, harness] += [seconds] if turn else []
 

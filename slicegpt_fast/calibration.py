@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slicegpt_fast.errors import InputError
+from slicegpt_fast.errors import InputError, reason
 
 TEXT_SUFFIXES = (".txt", ".md")  # what a folder is searched for; a file that is named itself may end in anything
 TOKENS_PER_BATCH = 2048
@@ -106,7 +106,7 @@ def dataset_documents(name: str, purpose: Purpose, split: str | None = None) -> 
         import datasets
     except ImportError as error:
         raise InputError(
-            f"dataset {name} needs the package datasets: pip install 'slicegpt-fast[datasets]', or use text files."
+            f"dataset {name} needs the package datasets: pip install datasets, or use text files."
         ) from error
     path, _, config = name.partition(":")
     source = DATASETS.get(name) or Dataset(path, {"name": config or None})
@@ -121,8 +121,7 @@ def dataset_documents(name: str, purpose: Purpose, split: str | None = None) -> 
             f"dataset {name} cannot be downloaded and is not in the local cache: go online, or use text files."
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        raise InputError(f"dataset {name} cannot be loaded: {reason}.") from error
+        raise InputError(f"dataset {name} cannot be loaded: {reason(error)}.") from error
     return list(rows[_text_column(name, source.column, rows.features)])
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt_fast import slicing  # noqa: F401  registers the sliced format with transformers
-from slicegpt_fast.errors import InputError
+from slicegpt_fast.errors import InputError, reason
 
 
 def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -163,6 +164,7 @@ def _loading(source: str | Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputError(f"cannot load {source}: {reason}.") from error
+    except StrictDataclassError as error:  # a config with a value of the wrong kind; its cause says it in one line
+        raise InputError(f"cannot load {source}: {reason(error.__cause__ or error)}.") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        raise InputError(f"cannot load {source}: {reason(error)}.") from error

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from slicegpt_fast.errors import InputError
+from slicegpt_fast.errors import InputError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -252,8 +252,8 @@ def slice_(
         unfinished = work_folder(out).exists()
         stream = unfinished or not fits_in_memory(model, dtype=kind, device=place)
         if stream:
-            reason = "an earlier run is unfinished" if unfinished else "the model and its copy do not fit into memory"
-            errors.print(f"Slicing from file to file: {reason}. --no-stream slices in memory all the same.")
+            why = "an earlier run is unfinished" if unfinished else "the model and its copy do not fit into memory"
+            errors.print(f"Slicing from file to file: {why}. --no-stream slices in memory all the same.")
     if stream:
         if basis == "auto":
             raise InputError("--basis auto compares whole models in memory: choose a basis, or give --no-stream.")
@@ -540,7 +540,7 @@ def _device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
-        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0].rstrip('.')}.") from error
+        raise InputError(f"--device {name} cannot be used: {reason(error)}.") from error
     return name
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slicegpt_fast.benchmark import Speeds
+from slicegpt_fast.checkpoint import load_skeleton
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
 from slicegpt_fast.search import Trial
@@ -77,12 +77,8 @@ def describe(source: str) -> dict[str, str]:
     Raises:
         InputError: there is no config of a causal language model.
     """
-    try:
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source} is not a model to describe: {str(error).strip().splitlines()[0]}") from error
+    model = load_skeleton(source)
+    config = model.config
     facts = {"model type": config.model_type, "dtype": str(config.dtype or "not recorded")}
     try:
         dense_blocks = block_parameters(model)

@@ -1,6 +1,7 @@
 """Saving is all or nothing; loading says what is wrong."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -138,6 +139,31 @@ class TestDamage:
     def test_broken_config(self, folder):
         (folder / "config.json").write_text("{")
         with pytest.raises(InputError, match="cannot load"):
+            load_model(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"hidden_size": "64"}, r"Field 'hidden_size' expected int, got str \(value: '64'\)\.$"),
+            ({"num_attention_heads": 5}, r"The hidden size \(48\) is not a multiple of .* attention heads \(5\)\.$"),
+        ],
+    )
+    def test_a_config_that_cannot_be_followed(self, folder, change, message):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        with pytest.raises(InputError, match=f"^cannot load {folder}: {message}"):
+            load_model(folder)
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [(ImportError("it needs optimum.\nOr another."), "it needs optimum"), (RuntimeError(), "RuntimeError")],
+    )
+    def test_a_missing_package_and_an_error_without_a_message(self, folder, error, message, monkeypatch):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr("slicegpt_fast.checkpoint.AutoModelForCausalLM.from_pretrained", fail)
+        with pytest.raises(InputError, match=f"^cannot load {folder}: {message}\\.$"):
             load_model(folder)
 
     def test_not_a_language_model(self, tmp_path):

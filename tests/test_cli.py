@@ -331,7 +331,7 @@ class TestInfo:
         assert "no, but it can be" in ran("info", model)
 
     def test_no_model(self, tmp_path):
-        assert error_of("info", tmp_path).startswith(f"{tmp_path} is not a model to describe: ")
+        assert error_of("info", tmp_path).startswith(f"cannot load {tmp_path}: ")
 
 
 class TestTune:

@@ -110,11 +110,20 @@ class TestDescribe:
         assert facts.keys() == {"model type", "dtype", "sliced"}
         assert facts["sliced"].startswith("no, and it cannot be: model type 'bert' is not supported: ")
 
-    @pytest.mark.parametrize("content", [None, "{", '{"model_type": "nonsense"}', '{"model_type": "clip"}'])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            None,
+            "{",
+            '{"model_type": "nonsense"}',
+            '{"model_type": "clip"}',
+            '{"model_type": "llama", "hidden_size": "64"}',
+        ],
+    )
     def test_no_model(self, content, tmp_path):
         if content:
             (tmp_path / "config.json").write_text(content)
-        with pytest.raises(InputError, match=f"^{tmp_path} is not a model to describe: "):
+        with pytest.raises(InputError, match=f"^cannot load {tmp_path}: "):
             describe(str(tmp_path))
 
 
