@@ -176,9 +176,13 @@ def _write(shards: Shards, bases: Bases, folder: Path, *, progress: bool) -> Non
 
 @contextmanager
 def _work_folder(work: Path, settings: dict[str, Any], size: int) -> Iterator[None]:
-    """Hold the folder of an unfinished run, new or of the same settings; on success or bad input it is deleted."""
+    """Hold the folder of an unfinished run, new or of the same settings.
+
+    On success it is deleted. On bad input too, but for the work of an earlier run.
+    """
     record = work / "settings.json"
-    if record.exists():
+    resumed = record.exists()
+    if resumed:
         _compare(json.loads(record.read_text()), settings, work)
     else:
         shutil.rmtree(work, ignore_errors=True)  # without its record, it is what a killed deletion left
@@ -193,7 +197,8 @@ def _work_folder(work: Path, settings: dict[str, Any], size: int) -> Iterator[No
         try:
             yield
         except InputError:
-            shutil.rmtree(work)  # to go on would meet the same again
+            if not resumed:
+                shutil.rmtree(work)
             raise
         except (OSError, SafetensorError) as error:
             raise InputError(
@@ -217,7 +222,7 @@ def _compare(there: dict[str, Any], here: dict[str, Any], work: Path) -> None:
 
 def _identity(shards: Shards, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
     """What the result depends on beside the options: the model's files and the text, by hash, and versions."""
-    identity = {name: version(name) for name in ("torch", "transformers")}
+    identity = {name: version(name) for name in ("slicegpt-fast", "torch", "transformers")}
     for file in (shards.files[0].with_name("config.json"), *shards.files):
         with file.open("rb") as content:
             identity[file.name] = hashlib.file_digest(content, "sha256").hexdigest()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import psutil
@@ -268,6 +269,14 @@ def test_another_model_is_not_resumed(finished, tmp_path, monkeypatch):
         slice_checkpoint(dense, tmp_path / "out", CALIBRATION, sparsity=0.25, progress=False)
 
 
+def test_a_run_of_another_version_is_not_resumed(finished, tmp_path, monkeypatch):
+    unfinished(finished / "dense", tmp_path, monkeypatch)
+    versions = {"slicegpt-fast": "0.0.1"}
+    monkeypatch.setattr(streaming, "version", lambda name: versions.get(name) or version(name))
+    with pytest.raises(InputError, match=r"differs in slicegpt-fast \(\S+ there, 0\.0\.1 now\): repeat"):
+        slice_checkpoint(finished / "dense", tmp_path / "out", CALIBRATION, sparsity=0.25, progress=False)
+
+
 def test_a_half_deleted_run_is_not_resumed(finished, tmp_path, monkeypatch):
     unfinished(finished / "dense", tmp_path, monkeypatch)
     (tmp_path / WORK / "settings.json").unlink()
@@ -301,6 +310,17 @@ def test_bad_input_leaves_nothing_but_a_full_disk_can_be_resumed_from(finished, 
             slice_checkpoint(source, out, CALIBRATION, sparsity=0.25, progress=False)
     assert os.listdir(tmp_path) == [WORK]
     slice_checkpoint(source, out, CALIBRATION, sparsity=0.25, progress=False)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_bad_input_leaves_the_work_of_an_earlier_run(finished, tmp_path, monkeypatch):
+    unfinished(finished / "dense", tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setenv("SLICEGPT_FAST_BACKEND", "fast")
+        with pytest.raises(InputError, match="SLICEGPT_FAST_BACKEND"):
+            slice_checkpoint(finished / "dense", tmp_path / "out", CALIBRATION, sparsity=0.25, progress=False)
+    assert os.listdir(tmp_path) == [WORK]
+    slice_checkpoint(finished / "dense", tmp_path / "out", CALIBRATION, sparsity=0.25, progress=False)
     assert os.listdir(tmp_path) == ["out"]
 
 
