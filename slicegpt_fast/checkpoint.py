@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -97,10 +98,17 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raise InputError unless ``folder`` is absent or empty: called before long work as well as before writing."""
-    folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not an empty folder: choose another place or remove it.")
+    """Raise InputError unless ``folder`` is absent or empty, and can be made: called before long work too.
+
+    A temporary folder is made beside it, and removed: permissions alone do not tell.
+    """
+    folder = Path(folder).expanduser().absolute()
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is not an empty folder: choose another place (--out) or remove it.")
+        TemporaryDirectory(prefix=".", dir=next(place for place in folder.parents if place.exists())).cleanup()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}): choose another place (--out).") from error
 
 
 def check_space(folder: Path, size: int) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from slicegpt_fast import InputError, load_model, load_tokenizer, save_model, slice_model
-from slicegpt_fast.checkpoint import write_folder
+from slicegpt_fast.checkpoint import check_writable, write_folder
 
 
 @pytest.mark.parametrize("sliced", [False, True])
@@ -34,11 +34,22 @@ def test_round_trip(sliced, tmp_path):
 
 def test_an_empty_folder_is_filled_and_a_full_one_refused(tmp_path):
     save_model(tiny_model(), tmp_path / "out")
-    with pytest.raises(InputError, match="out exists and is not an empty folder: choose another place or remove it"):
+    with pytest.raises(
+        InputError, match=r"out exists and is not an empty folder: choose another place \(--out\) or remove it"
+    ):
         save_model(tiny_model(), tmp_path / "out")
     (tmp_path / "empty").mkdir()
     save_model(tiny_model(), tmp_path / "empty")
     load_model(tmp_path / "empty")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_long_work(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("/proc/model", tmp_path / "file" / "model", tmp_path / ("model" * 100)):
+        with pytest.raises(InputError, match=rf"{folder} cannot be made \(.*\): choose another place \(--out\)\.$"):
+            check_writable(folder)
+    check_writable(tmp_path / "new" / "model")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ class TestSlice:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").touch()
         assert error_of(*common, "--sparsity", "0.2").endswith(
-            "out exists and is not an empty folder: choose another place or remove it."
+            "out exists and is not an empty folder: choose another place (--out) or remove it."
         )
 
     def test_ctrl_c(self, common, tmp_path, monkeypatch):
@@ -307,7 +307,7 @@ class TestBench:
 
     def test_bad_input(self, model, tmp_path, quick):
         (tmp_path / "taken").touch()
-        assert error_of("bench", model, "--out", tmp_path).endswith("choose another place or remove it.")
+        assert error_of("bench", model, "--out", tmp_path).endswith("choose another place (--out) or remove it.")
         assert error_of("bench", model, "--harness", "fast").startswith("harness is 'fast'; it must be one of eager,")
         assert "are more than the model's 128 positions" in error_of("bench", model, "--prompt", 200)
         assert error_of("bench", tmp_path / "gone").startswith(f"{tmp_path / 'gone'} does not exist")

@@ -214,7 +214,10 @@ class TestFailures:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").touch()
         message = self.error_of("--out", tmp_path / "out")
-        assert message == f"{tmp_path / 'out'} exists and is not an empty folder: choose another place or remove it."
+        assert (
+            message
+            == f"{tmp_path / 'out'} exists and is not an empty folder: choose another place (--out) or remove it."
+        )
         assert pip == []
 
     def test_too_little_text(self, pip, tmp_path):
