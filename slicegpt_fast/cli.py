@@ -185,7 +185,7 @@ def slice_(
         typer.Option(
             "--stream/--no-stream",
             help="Slice from file to file with one layer in memory; killed, the same command goes on. Default: where "
-            "the model and its sliced copy do not fit into free memory.",
+            "the model, its sliced copy and the text's activations do not fit into free memory.",
             rich_help_panel=RUN,
             show_default=False,
         ),
@@ -250,9 +250,14 @@ def slice_(
     place, kind = _device(device), getattr(torch, dtype) if dtype else None
     if stream is None:
         unfinished = work_folder(out).exists()
-        stream = unfinished or not fits_in_memory(model, dtype=kind, device=place)
+        kept = sequences * length * (2 if refit or basis == "auto" else 1)
+        stream = unfinished or not fits_in_memory(model, dtype=kind, device=place, tokens=kept)
         if stream:
-            why = "an earlier run is unfinished" if unfinished else "the model and its copy do not fit into memory"
+            why = (
+                "an earlier run is unfinished"
+                if unfinished
+                else "the model, its copy and the text do not fit into memory"
+            )
             errors.print(f"Slicing from file to file: {why}. --no-stream slices in memory all the same.")
     if stream:
         if basis == "auto":

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import inspect
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from slicegpt_fast.slicing.stream import Batch, checked
 
 Activations = Literal["auto", "device", "memory", "disk"]
 OVERHEAD = 2**24  # the model's modules without weights, and what libraries allocate once
+CGROUP = Path("/sys/fs/cgroup")
 FREE_SHARE = 0.9  # of free memory that activations, or a model and its sliced copy, may fill
 
 
@@ -113,13 +115,18 @@ def work_folder(folder: str | Path) -> Path:
     return folder.with_name(f".{folder.name}.unfinished")
 
 
-def fits_in_memory(source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device) -> bool:
-    """Whether ``device`` has the memory that :func:`slicegpt_fast.slice_model` takes: for the model and its copy.
+def fits_in_memory(
+    source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device, tokens: int = 0
+) -> bool:
+    """Whether there is memory to load a model and to slice it with :func:`slicegpt_fast.slice_model`.
+
+    Loading takes the model in host memory; slicing the model, its copy and the activations on ``device``.
 
     Args:
         source: a hub id, which is downloaded into the cache, a local folder, or a GGUF file (never streamed).
         dtype: of the weights; by default the checkpoint's own.
         device: where the model would be sliced.
+        tokens: whose activations are kept: those of the calibration text, twice with ``refit``.
 
     Raises:
         InputError: nothing there, or a model that cannot be sliced.
@@ -127,7 +134,9 @@ def fits_in_memory(source: str | Path, *, dtype: torch.dtype | None = None, devi
     if Path(source).suffix == ".gguf":
         return True
     model = _empty_model(checkpoint_folder(source), dtype)
-    return 2 * model.get_memory_footprint() < FREE_SHARE * _free(torch.device(device))
+    size, activations = model.get_memory_footprint(), tokens * model.config.hidden_size * model.dtype.itemsize
+    needed = {torch.device("cpu"): size} | {torch.device(device): 2 * size + activations}
+    return all(each < FREE_SHARE * _free(place) for place, each in needed.items())
 
 
 def _empty_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -292,6 +301,18 @@ def _place(activations: Activations, device: torch.device, needs: Needs) -> torc
     return None
 
 
-def _free(device: torch.device) -> int:
+def _free(device: torch.device) -> float:
     """Bytes of the device's memory that are free."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, _free_in_cgroup())
+
+
+def _free_in_cgroup() -> float:
+    """Bytes that are left of the limit of this process's container (cgroup v2), infinite where it has none."""
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])

@@ -13,7 +13,7 @@ from models import tiny_model
 from texts import TEXT, word_tokenizer
 from typer.testing import CliRunner
 
-from slicegpt_fast import load_model, load_tokenizer, perplexity, save_model, slice_model, tuned
+from slicegpt_fast import InputError, load_model, load_tokenizer, perplexity, save_model, slice_model, tuned
 from slicegpt_fast.calibration import batched, join_documents, token_windows
 from slicegpt_fast.cli import app
 from slicegpt_fast.evaluation import stored_parameters
@@ -137,7 +137,7 @@ class TestSlice:
     def test_streams_what_does_not_fit_into_memory(self, common, model, texts, tmp_path, little_memory):
         result = run(*common, "--sequences", 5, "--sparsity", 0.25)
         assert result.exit_code == 0, result.output
-        assert "Slicing from file to file: the model and its copy do not fit into memory. --no-stream" in result.stderr
+        assert "file to file: the model, its copy and the text do not fit into memory. --no-stream" in result.stderr
         assert "sliced" in result.stdout
         calibration = batched(windows_of(model, texts, seed=0)[:5])
         expected = slice_model(load_model(model), calibration, sparsity=0.25, progress=False).state_dict()
@@ -145,6 +145,15 @@ class TestSlice:
         assert sliced.keys() == expected.keys()
         assert all(torch.equal(sliced[name], expected[name]) for name in expected)
         assert (tmp_path / "out" / "spectra.png").exists()
+
+    @pytest.mark.parametrize(("options", "times"), [(["--basis", "2"], 1), (["--refit"], 2), (["--basis", "auto"], 2)])
+    def test_counts_the_activations_of_the_text(self, common, options, times, monkeypatch):
+        def fits(*_, tokens, **__):
+            raise InputError(f"{tokens} tokens.")
+
+        monkeypatch.setattr("slicegpt_fast.streaming.fits_in_memory", fits)
+        expected = f"{times * 5 * LENGTH} tokens."
+        assert error_of(*common, "--sequences", 5, "--target-params", 0.8, *options) == expected
 
     def test_streams_or_not_when_told(self, common, tmp_path, little_memory):
         assert "Perplexity: " in ran(*common, "--sequences", 5, "--sparsity", 0.25, "--no-stream")

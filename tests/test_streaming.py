@@ -450,19 +450,52 @@ class TestCheckpoints:
             slice_checkpoint(dense, dense.parent, CALIBRATION, sparsity=0.25)
 
 
+@pytest.fixture
+def free(tmp_path, monkeypatch):
+    """Sets what is free of the host's memory; the container has no limit."""
+
+    def set_free(size):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+
+    monkeypatch.setattr(streaming, "CGROUP", tmp_path / "cgroup")
+    return set_free
+
+
 @pytest.mark.parametrize(
-    ("free", "place"), [(10**9, torch.device("cpu")), (1_002_000, torch.device("cpu")), (1_001_000, None)]
+    ("size", "place"), [(10**9, torch.device("cpu")), (1_002_000, torch.device("cpu")), (1_001_000, None)]
 )
-def test_activations_are_kept_where_they_fit(free, place, monkeypatch):
+def test_activations_are_kept_where_they_fit(size, place, free):
     needs = Needs(working=900_000, activations=1000, disk=0)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    free(size)
     assert streaming._place("auto", torch.device("cpu"), needs) == place
 
 
-def test_a_model_and_its_copy_fit_in_memory_or_not(finished, monkeypatch):
+def test_a_model_its_copy_and_activations_fit_in_memory_or_not(finished, free):
     size = load_model(finished / "dense").get_memory_footprint()
-    free = int(2 * size / streaming.FREE_SHARE)
-    for available, dtype, fits in [(free + 2, None, True), (free, None, False), (free, torch.bfloat16, True)]:
-        monkeypatch.setattr(psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available))
+    enough = int(2 * size / streaming.FREE_SHARE)
+    for available, dtype, fits in [(enough + 2, None, True), (enough, None, False), (enough, torch.bfloat16, True)]:
+        free(available)
         assert fits_in_memory(finished / "dense", dtype=dtype, device="cpu") == fits
+    free(enough + 2)
+    assert not fits_in_memory(finished / "dense", device="cpu", tokens=1)
+    free(enough + 2 + int(1000 * 48 * 4 / streaming.FREE_SHARE))
+    assert fits_in_memory(finished / "dense", device="cpu", tokens=1000)
     assert fits_in_memory("model.gguf", device="cpu")
+
+
+def test_a_model_for_a_gpu_is_loaded_to_host_memory_first(finished, free, monkeypatch):
+    size = load_model(finished / "dense").get_memory_footprint()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * size, 10 * size))
+    for available, fits in [(1.2 * size, True), (size, False)]:
+        free(available)
+        assert fits_in_memory(finished / "dense", device="cuda") == fits
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 1000), ("900", 900 - 700 + 200), ("5000", 1000)])
+def test_a_container_may_use_less_than_is_free(limit, expected, free, monkeypatch):
+    free(1000)
+    files = {"max": limit, "current": "700", "stat": "anon 400\ninactive_file 200\nactive_file 100"}
+    streaming.CGROUP.mkdir()
+    for name, content in files.items():
+        (streaming.CGROUP / f"memory.{name}").write_text(f"{content}\n")
+    assert streaming._free(torch.device("cpu")) == expected
