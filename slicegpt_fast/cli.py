@@ -5,6 +5,7 @@ Whatever takes long to import is imported inside the commands.
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -226,16 +227,12 @@ def slice_(
         trial_table,
     )
     from slicegpt_fast.search import try_plans
-    from slicegpt_fast.slicing import apply_bases, fit_bases
+    from slicegpt_fast.slicing import apply_bases, fit_bases, slice_model
     from slicegpt_fast.streaming import fits_in_memory, slice_checkpoint, work_folder
 
     check_writable(out)
     if (sparsity is None) == (target_params is None):
         raise InputError("give exactly one of --sparsity and --target-params.")
-    if basis == "auto" and target_params is None:
-        raise InputError("--basis auto compares plans of one size: give it as --target-params.")
-    documents = _documents(text, dataset, "calibration", split)
-    progress = errors.is_terminal
     arguments: dict[str, Any] = {
         "basis": int(basis) if basis.isdigit() else basis,
         "signal": signal,
@@ -245,7 +242,19 @@ def slice_(
         "refit": refit,
         "slice_head": slice_head,
     }
-    step = int(round_to) if round_to.isdigit() else round_to
+    if basis == "auto":
+        if target_params is None:
+            raise InputError("--basis auto compares plans of one size: give it as --target-params.")
+        if sequences < 2:
+            raise InputError("--basis auto holds some sequences out to compare plans: give --sequences 2 or more.")
+        defaults = signature(slice_model).parameters
+        for name, value in arguments.items():
+            if name != "basis" and value != defaults[name].default:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"--basis auto chooses {option} itself: leave it out, or choose a basis.")
+    documents = _documents(text, dataset, "calibration", split)
+    progress = errors.is_terminal
+    step: Any = int(round_to) if round_to.isdigit() else round_to
     size: dict[str, Any] = {"sparsity": sparsity, "target_params": target_params, "round_to": step}
     place, kind = _device(device), getattr(torch, dtype) if dtype else None
     if stream is None:
@@ -253,11 +262,7 @@ def slice_(
         kept = sequences * length * (2 if refit or basis == "auto" else 1)
         stream = unfinished or not fits_in_memory(model, dtype=kind, device=place, tokens=kept)
         if stream:
-            why = (
-                "an earlier run is unfinished"
-                if unfinished
-                else "the model, its copy and the text do not fit into memory"
-            )
+            why = "an earlier run is unfinished" if unfinished else "model, copy and text do not fit into memory"
             errors.print(f"Slicing from file to file: {why}. --no-stream slices in memory all the same.")
     if stream:
         if basis == "auto":
@@ -282,6 +287,7 @@ def slice_(
             batched(calibration[:-part]),
             batched(calibration[-part:]),
             cast(float, target_params),
+            round_to=step,
             progress=progress,
         )
         console.print(trial_table(trials, f"of {sequences} sequences, {part} were held out to compare the plans"))

@@ -1,8 +1,9 @@
 """Choose a basis plan by trying them: each within the same budget, the best by perplexity on held-out text."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -58,6 +59,7 @@ def try_plans(
     held_out: Sequence[Tensor],
     target_params: float,
     *,
+    round_to: int | Literal["auto"] = 8,
     progress: bool = True,
 ) -> list[Trial]:
     """Slice the dense ``model`` by every plan that meets a budget and measure it; the best first.
@@ -67,23 +69,33 @@ def try_plans(
         calibration: token batches the bases are fitted to.
         held_out: other token batches, for the perplexity.
         target_params: the decoder blocks' stored parameters, as a share of the dense ones.
+        round_to: as in :func:`slicegpt_fast.slice_model`.
         progress: show a progress bar over the plans.
 
     Raises:
         InputError: no plan meets the budget.
     """
     trials, refusal = [], None
-    dense = block_parameters(model)
     for name in tqdm(PLANS, desc="trying plans", unit="plan", disable=not progress):
-        arguments = plan_arguments(name, model, target_params)
+        arguments = plan_arguments(name, model, target_params) | {"round_to": round_to}
         try:
-            bases = fit_bases(model, calibration, progress=False, **arguments)
+            trials.append(_try(name, arguments, model, calibration, held_out))
         except InputError as error:
             refusal = error
-            continue
-        sliced = apply_bases(model, bases, progress=False)
-        stored = block_parameters(sliced) / dense
-        trials.append(Trial(name, arguments, bases.plan.widths[0], stored, perplexity(sliced, held_out)))
     if refusal is not None and not trials:
         raise refusal
-    return sorted(trials, key=lambda trial: trial.perplexity)
+    return sorted(trials, key=lambda trial: (math.isnan(trial.perplexity), trial.perplexity))
+
+
+def _try(
+    name: str,
+    arguments: dict[str, Any],
+    model: PreTrainedModel,
+    calibration: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+) -> Trial:
+    """Slice and measure; nothing of the sliced model outlives the call."""
+    bases = fit_bases(model, calibration, progress=False, **arguments)
+    sliced = apply_bases(model, bases, progress=False)
+    stored = block_parameters(sliced) / block_parameters(model)
+    return Trial(name, arguments, bases.plan.widths[0], stored, perplexity(sliced, held_out))

@@ -130,14 +130,17 @@ class TestSlice:
         )
 
     def test_basis_auto(self, common, tmp_path):
-        output = ran(*common, "--sequences", 8, "--target-params", 0.8, "--basis", "auto")
-        assert "Plans within the budget" in output
+        output = ran(*common, "--sequences", 8, "--target-params", 0.8, "--basis", "auto", "--round-to", 5)
+        best = next(line for line in output.splitlines() if line.startswith("│") and "perplexity" not in line)
+        width = load_model(tmp_path / "out").get_input_embeddings().embedding_dim
+        assert best.split("│")[2].strip() == str(width)
+        assert width % 5 == 0
         assert {"spectra.png", "plans.png", "model.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
 
     def test_streams_what_does_not_fit_into_memory(self, common, model, texts, tmp_path, little_memory):
         result = run(*common, "--sequences", 5, "--sparsity", 0.25)
         assert result.exit_code == 0, result.output
-        assert "file to file: the model, its copy and the text do not fit into memory. --no-stream" in result.stderr
+        assert "Slicing from file to file: model, copy and text do not fit into memory. --no-stream" in result.stderr
         assert "sliced" in result.stdout
         calibration = batched(windows_of(model, texts, seed=0)[:5])
         expected = slice_model(load_model(model), calibration, sparsity=0.25, progress=False).state_dict()
@@ -179,6 +182,24 @@ class TestSlice:
             ([], "give exactly one of --sparsity and --target-params."),
             (["--sparsity", "0.2", "--target-params", "0.9"], "give exactly one of --sparsity and --target-params."),
             (["--sparsity", "0.2", "--basis", "auto"], "--basis auto compares plans of one size: give it as --target"),
+            *(
+                (
+                    ["--target-params", "0.8", "--basis", "auto", *option],
+                    f"--basis auto chooses {option[0]} itself: leave",
+                )
+                for option in (
+                    ["--signal", "normalized"],
+                    ["--shortcut", "aligned"],
+                    ["--shortcut-rank", "3"],
+                    ["--schedule", "variance"],
+                    ["--refit"],
+                    ["--slice-head"],
+                )
+            ),
+            (
+                ["--target-params", "0.8", "--basis", "auto", "--sequences", "1"],
+                "--basis auto holds some sequences out to compare plans: give --sequences 2 or more.",
+            ),
             (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1, not 1.5."),
             (["--sparsity", "0.2", "--basis", "best"], "basis must be "),
             (["--sparsity", "0.2", "--round-to", "few"], "round_to must be "),
