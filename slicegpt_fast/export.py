@@ -109,7 +109,8 @@ def _plain_config(model: PreTrainedModel, width: int) -> PreTrainedConfig:
     kind = type(dense)
     if isinstance(dense, Qwen2Config) and set(dense.layer_types or ()) == {"full_attention"}:
         kind = LlamaConfig
-        values = {name: value for name, value in values.items() if hasattr(LlamaConfig, name)}
+        known = kind().to_dict()
+        values = {name: value for name, value in values.items() if name in known}
         values |= {"model_type": kind.model_type, "attention_bias": True}
     for size in (width, math.ceil(width / heads) * heads):
         values |= {"hidden_size": size, "rms_norm_eps": dense.rms_norm_eps * full / size}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from slicegpt_fast import InputError, export_plain, load_model, load_tokenizer, slice_model
 
@@ -76,6 +76,14 @@ def test_qwen2_with_sliding_windows_stays_qwen2(tmp_path):
     with torch.no_grad():
         expected, actual = model(IDS).logits, load_model(tmp_path / "plain")(IDS).logits
     assert (actual - expected).abs().max() <= 1e-5 * (expected.max() - expected.min())
+
+
+def test_qwen2_where_config_classes_have_no_attributes(tmp_path, monkeypatch):
+    """As in transformers 5.0."""
+    for name in ("num_hidden_layers", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        monkeypatch.delattr(LlamaConfig, name, raising=False)
+    config = export_plain(sliced_model("qwen2"), tmp_path / "plain")
+    assert (config.model_type, config.num_hidden_layers, config.intermediate_size) == ("llama", 3, 80)
 
 
 def test_loads_and_generates_without_this_package(tmp_path):
