@@ -36,10 +36,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slicegpt_fast.counters import counters
 from slicegpt_fast.memory import rows, vector
+from slicegpt_fast.ops.dispatch import DECODE_ROWS
 
 from .launch import arrives_last, fits_tma, gpu_of, launch, vector_width
 from .matmul import SIZES, activate, add_in_order, load_tile, store_tile, tile_position
-from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
+from .tiles import Tile, choose_split, choose_tile, programs
 
 
 @triton.jit
@@ -181,7 +182,7 @@ def norm_linear_decode(
     y,  # [M, out + unscaled]
     partial,  # [tiles, blocks of W, SPLIT, BN, BM] fp32
     partial_square,  # [tiles, SPLIT, BM] fp32
-    counter,  # [tiles] int32, zero
+    counter,  # [tiles] int32, zero; None without a split
     M,
     K,  # units as above
     out,
@@ -274,11 +275,12 @@ def norm_linear(
 
     if M <= DECODE_ROWS:
         split, split_k = choose_split(gpu, tile, tiles_n, K)
-        partial = torch.empty(tiles_n * split * tile.m * tile.n if split > 1 else 0, device=h.device)
-        partial_square = torch.empty(tiles_n * split * tile.m if split > 1 else 0, device=h.device)
+        shares = tiles_n * split if split > 1 else 0
+        partial = torch.empty(shares * tile.m * tile.n, dtype=torch.float32, device=h.device)
+        partial_square = torch.empty(shares * tile.m, dtype=torch.float32, device=h.device)
         launch(
             norm_linear_decode, (tiles_n, split), h.device,
-            h, weight, bias, sumsq, y, partial, partial_square, counters(tiles_n, h.device),
+            h, weight, bias, sumsq, y, partial, partial_square, counters(tiles_n if split > 1 else 0, h.device),
             *sizes, stride_y, split_k, eps, inverse_width, SPLIT=split, **options,
         )  # fmt: skip
         return y

@@ -36,10 +36,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slicegpt_fast.counters import counters
 from slicegpt_fast.memory import rows, vector
+from slicegpt_fast.ops.dispatch import DECODE_ROWS
 
 from .launch import arrives_last, fits_tma, gpu_of, launch, vector_width
 from .matmul import SIZES, add_in_order, multiply, store_tile, tile_position
-from .tiles import DECODE_ROWS, Tile, choose_split, choose_tile, programs
+from .tiles import Tile, choose_split, choose_tile, programs
 
 
 @triton.jit
@@ -208,8 +209,9 @@ def residual_linear(
     if M <= DECODE_ROWS:
         split, split_k = choose_split(gpu, tile, tiles_n, K)
         split_k2 = triton.cdiv(triton.cdiv(K2, split), tile.k) * tile.k
-        shares = torch.empty(tiles_n * split * tile.m * tile.n if split > 1 else 0, device=a.device)
-        partial = torch.empty(tiles_n * tile.m, device=a.device)
+        cells = tiles_n * split * tile.m * tile.n if split > 1 else 0
+        shares = torch.empty(cells, dtype=torch.float32, device=a.device)
+        partial = torch.empty(tiles_n * tile.m, dtype=torch.float32, device=a.device)
         launch(
             residual_linear_decode, (tiles_n, split), a.device,
             a, weight, a2, w2, bias, residual, y, shares, partial, sumsq, counters(tiles_n + 1, a.device),
@@ -220,7 +222,7 @@ def residual_linear(
     tma = gpu.has_tma and fits_tma(a, weight, a2, w2)
     blocks = ((a, tile.m), (weight, tile.n), (a2, tile.m), (w2, tile.n))
     operands = [TensorDescriptor.from_tensor(x, [b, tile.k]) if tma and x is not None else x for x, b in blocks]
-    partial = torch.empty(tiles_n * M, device=a.device)
+    partial = torch.empty(tiles_n * M, dtype=torch.float32, device=a.device)
     launch(
         residual_linear_prefill, (min(tiles_m * tiles_n, programs(gpu, tile, a.element_size())),), a.device,
         *operands, bias, residual, y, partial, sumsq, counters(tiles_m, a.device),

@@ -26,10 +26,9 @@ from functools import lru_cache
 import torch
 
 from slicegpt_fast import tuned
+from slicegpt_fast.ops.dispatch import DECODE_ROWS
 
 from .launch import Gpu
-
-DECODE_ROWS = 16  # up to this many rows a matmul is bound by streaming the weight
 
 
 @dataclass(frozen=True)

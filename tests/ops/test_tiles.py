@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from slicegpt_fast import tuned
-from slicegpt_fast.counters import counters
 from slicegpt_fast.triton_kernels import covariance, tiles
 from slicegpt_fast.triton_kernels.launch import Gpu
 from slicegpt_fast.triton_kernels.tiles import Tile
@@ -88,19 +87,3 @@ def test_registers_bound_the_programs_of_an_sm():
     a100 = Gpu("NVIDIA A100", (8, 0), 108, 163 * 1024)
     assert [tiles.programs(a100, tile, 2) // a100.sms for tile in tiles.TILES[8]] == [1, 1, 2]
     assert tiles.programs(H200, tiles.TILES[9][0], 2) == H200.sms
-
-
-def test_counters_start_and_stay_zero(device):
-    cells = counters(5, torch.device(device))
-    assert cells.dtype == torch.int32
-    assert (cells == 0).all()
-    assert counters(3, torch.device(device)).data_ptr() == cells.data_ptr()
-
-
-@pytest.mark.gpu
-def test_captured_launches_own_their_counters():
-    graph = torch.cuda.CUDAGraph()
-    counters(8, torch.device("cuda", 0))
-    with torch.cuda.graph(graph):
-        first, second = (counters(8, torch.device("cuda", 0)) for _ in range(2))
-    assert first.data_ptr() + 8 * 4 <= second.data_ptr()
