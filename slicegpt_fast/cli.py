@@ -489,8 +489,8 @@ def tune(
         typer.Option(
             metavar="M",
             min=1,
-            help="Tokens per call; may be repeated. A measurement serves calls of up to the next power of two. "
-            "Default: 1, and the powers of two from 32 to 8192.",
+            help="Tokens per call; may be repeated. A measurement serves all calls that round up to the same of 1, 8, "
+            "16, 32, ..., 8192. Default: all of these.",
             show_default=False,
         ),
     ] = None,
@@ -519,7 +519,7 @@ def tune(
     if sliced:
         narrow_(skeleton, sliced.plan())
     shapes = []
-    for m in rows or (1, *BUCKETS[1:]):
+    for m in rows or BUCKETS:
         for decode, prefill in op_requests(skeleton):
             request = decode if m <= DECODE_ROWS else prefill
             if request is not None:

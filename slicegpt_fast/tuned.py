@@ -3,7 +3,7 @@
 Two JSON files of one form: ``tuned.json`` beside this one, and before it the user's own
 (``$XDG_CACHE_HOME/slicegpt-fast/tuned.json``), which `slicegpt-fast tune` writes:
 
-    {"NVIDIA H200": {"norm_linear": {"bfloat16 M<=16 N=22016 K=2872 silu_gate": {
+    {"NVIDIA H200": {"norm_linear": {"bfloat16 M<=1 N=22016 K=2872 silu_gate": {
         "us": {"reference": 61.2, "triton": 31.0, "cuda": 27.9},
         "tile": {"m": 16, "n": 128, "k": 64, "warps": 4, "stages": 4}}}}}
 
@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-FEWEST_ROWS, MOST_ROWS = 16, 8192  # calls of fewer or more rows than these share a measurement
-BUCKETS = tuple(FEWEST_ROWS << i for i in range((MOST_ROWS // FEWEST_ROWS).bit_length()))
+# A call of M rows uses the measurement of the smallest of these that is at least M; more rows use the last one's.
+BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def gpu_name(device: torch.device) -> str:
 
 @lru_cache(maxsize=4096)
 def bucket(dtype: torch.dtype, shape: tuple[int, int, int], epilogue: str | None) -> str:
-    """The key of a shape (rows, n, k): rows rounded up to a power of two, the widths as they are."""
+    """The key of a shape (rows, n, k): rows rounded up to one of BUCKETS, the widths as they are."""
     rows, n, k = shape
-    rows = min(max(FEWEST_ROWS, 1 << (rows - 1).bit_length()), MOST_ROWS)
+    rows = next((most for most in BUCKETS if most >= rows), BUCKETS[-1])
     return " ".join([f"{str(dtype).removeprefix('torch.')} M<={rows} N={n} K={k}", *([epilogue] if epilogue else [])])
 
 

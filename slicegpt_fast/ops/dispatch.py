@@ -306,6 +306,6 @@ def _tuned_here(rule: Rule) -> str:
     if not torch.cuda.is_available():
         return "reference: there is no CUDA device here"
     keys = tuned.buckets(tuned.gpu_name(torch.device("cuda", torch.cuda.current_device())), rule.op)
-    decode = f"M<={DECODE_ROWS} "
-    count = sum(rule.regime == "tall" or (decode in key) == (rule.regime == "decode") for key in keys)
+    rows = [most for most in tuned.BUCKETS if regime_of(rule.op, most) == rule.regime]
+    count = sum(f" M<={most} " in key for key in keys for most in rows)
     return f"measured at {count} shapes, reference at all others" if count else "reference until `slicegpt-fast tune`"

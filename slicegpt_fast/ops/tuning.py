@@ -107,18 +107,23 @@ def operands(request: Request) -> tuple[Any, ...]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(request.dtype)
 
+    def weight(n: int, k: int) -> Tensor:
+        """As a model's, so that no product overflows fp16."""
+        return random(n, k) * k**-0.5
+
     if request.op == "covariance_":
-        row_scale = torch.rand(m, device=device) + 0.5 if epilogue == "row scale" else None
+        row_scale = torch.rand(m, dtype=torch.float32, device=device) + 0.5 if epilogue == "row scale" else None
         return torch.zeros(n, n, dtype=torch.float64, device=device), random(m, n), row_scale, None
     if request.op == "norm_linear":
         unscaled = n % 2  # a gate needs pairs of rows
-        return random(m, k), random(n, k), None, 1e-5, k, torch.full((m,), float(k), device=device), epilogue, unscaled
+        sumsq = torch.full((m,), float(k), dtype=torch.float32, device=device)
+        return random(m, k), weight(n, k), None, 1e-5, k, sumsq, epilogue, unscaled
     # How K divides between the layer and the shortcut matters little.
     k2 = {"add": 0, "dense": n, "low rank": 64}[epilogue or "add"]
     k2 = k2 if k2 < k else k // 2
     residual = None if epilogue == "dense" else random(m, n)
-    shortcut = (random(m, k2), random(n, k2).T) if k2 else (None, None)
-    return random(m, k - k2), random(n, k - k2), None, residual, *shortcut
+    shortcut = (random(m, k2), weight(n, k2).T) if k2 else (None, None)
+    return random(m, k - k2), weight(n, k - k2), None, residual, *shortcut
 
 
 def microseconds(run: Callable[[], Any]) -> float:

@@ -93,6 +93,15 @@ def test_a_kernel_that_is_wrong_is_left_out(shape, cache, clock, monkeypatch):
     assert {"triton", "reference"} == us.keys()
 
 
+@pytest.mark.parametrize("op", ["norm_linear", "residual_linear"])
+def test_no_product_of_fp16_operands_overflows(op):
+    shape = (4, 64, 1 << 16)
+    epilogue = {"norm_linear": "silu_gate", "residual_linear": "dense"}[op]
+    arguments = tuning.operands(Request(op, torch.device("cpu"), HALF, "decode", shape, epilogue))
+    for result in tuning._results(OPS[op].backends["reference"].run, arguments):
+        assert result.abs().max() < 32 if result.dtype == HALF else result.isfinite().all()
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     """A GPU to choose for, on which every backend can run everything."""
@@ -137,9 +146,11 @@ def test_a_measurement_is_of_one_epilogue_and_one_bucket_of_rows(cache, hopper):
     assert choose(request(m=4096)) == "reference"
 
 
-def test_rows_share_a_bucket_at_both_ends():
-    keys = [tuned.bucket(HALF, (m, 8, 8), None) for m in (1, 16, 17, 32, 8192, 8193, 10**6)]
-    assert [len(set(keys[:2])), len(set(keys[2:4])), len(set(keys[4:])), len(set(keys))] == [1, 1, 1, 3]
+def test_rows_that_share_a_measurement():
+    groups = [(1,), (2, 8), (9, 16), (17, 32), (4097, 8192, 8193, 10**6)]
+    keys = [{tuned.bucket(HALF, (m, 8, 8), None) for m in group} for group in groups]
+    assert [len(same) for same in keys] == [1] * len(groups)
+    assert len(set.union(*keys)) == len(groups)
     assert len(tuned.BUCKETS) == len({tuned.bucket(HALF, (m, 8, 8), None) for m in range(1, 9000)})
 
 
@@ -204,7 +215,8 @@ def test_kernel_table_says_what_is_measured(cache, hopper, monkeypatch):
         assert all(row["why"].endswith("reference: there is no CUDA device here") for row in on_gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    record(request(m=1), reference=2.0, triton=1.0)
+    for m in (1, 16):
+        record(request(m=m), reference=2.0, triton=1.0)
     why = {(row["op"], row["regime"]): row["why"] for row in kernel_table() if row["device"] != "cpu"}
-    assert why["norm_linear", "decode"].endswith("; measured at 1 shapes, reference at all others")
+    assert why["norm_linear", "decode"].endswith("; measured at 2 shapes, reference at all others")
     assert why["norm_linear", "prefill"].endswith("; reference until `slicegpt-fast tune`")
