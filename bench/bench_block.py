@@ -47,7 +47,7 @@ def bench_block(measure, d, heads, keys, mlp, kind, dtype, M):
     sumsq = h.float().square().sum(1)
     shapes = [(heads + 2 * keys, d), (d, heads), (2 * mlp, d), (d, mlp)]
     weights = [random(*shape, dtype=dtype) for shape in shapes]
-    shortcut = random(d, d, dtype=dtype) if kind == "dense" else None
+    shortcut = random(d, d, dtype=dtype).T if kind == "dense" else None  # a linear layer's weight
     read = sum(n * k for n, k in shapes) + (2 * d * d if kind == "dense" else 0)  # two shortcuts
     size = read * h.element_size()
     torch_calls = by_torch(torch_formulation, d)

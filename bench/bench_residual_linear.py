@@ -42,10 +42,10 @@ def torch_formulation(a, weight, h, shortcut):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "k", "kind"), LAYERS)
 def bench_residual_linear(measure, d, k, kind, dtype, M):
-    shortcut = {
+    shortcut = {  # as a patched model has them: weights of linear layers, transposed
         "none": lambda: None,
-        "dense": lambda: random(d, d, dtype=dtype),
-        "low rank": lambda: (random(M, RANK, dtype=dtype), random(RANK, d, dtype=dtype)),
+        "dense": lambda: random(d, d, dtype=dtype).T,
+        "low rank": lambda: (random(M, RANK, dtype=dtype), random(d, RANK, dtype=dtype).T),
     }[kind]()
     a, h, weight = random(M, k, dtype=dtype), random(M, d, dtype=dtype), random(d, k, dtype=dtype)
     inner = k + {"none": 0, "dense": d, "low rank": RANK}[kind]  # of the one matmul that computes it all
