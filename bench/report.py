@@ -18,13 +18,14 @@ from timing import table
 
 HEADER = """# Benchmarks on {processor}, {threads} threads
 
-{date}; torch {torch}, transformers {transformers}, Python {python}; commit {commit}. Made by `make bench`.
+{date}; torch {torch}, transformers {transformers}, Python {python}; commit {commit}. Made by `make bench` or, on a GPU,
+`make gpu-check`.
 
 A row is one case; its first columns say which. **ms** is what one call of this package takes. **x torch** is how many
 times as fast that is as torch: 2 means half the time, below 1 means slower. Everything in a row took turns, call by
-call, on the same random data. Each row was visited several times, minutes apart, and a time is that of the fastest
-visit (the median of its turns), since whatever else the machine does makes the others slower. "±" says how far the
-second fastest visits are behind. The baselines:
+call, on the same random data. Each row was measured several times over, on a CPU minutes apart, and a time is that of
+the fastest measurement (the median of its turns), since whatever else the machine does makes the others slower. "±"
+says how far the second fastest are behind. The baselines:
 
 * **reference**: the op's definition in plain torch, which is also what runs where no kernel does;
 * **torch**: the best that torch's own functions offer for the same result;
@@ -43,7 +44,7 @@ CAPTIONS = {
     "covariance": "What slicing collects from N tokens of width D, summed in fp64. Ours computes one triangle, and "
     "FLOPs are counted for one; **torch** is a full matmul with fp32 sums, which is less exact.",
     "block": "The four matmuls of a decoder block with everything around them but attention, M rows, width d.",
-    "slicing": "Slicing a Llama with random weights, in fp32, and how it grows with the work. The baseline takes the "
+    "slicing": "Slicing a Llama with random weights (fp32, on a GPU bf16), and how it grows. The baseline takes the "
     "covariances in plain torch. Last come shares of the time, and the most memory held beyond the model's.",
     "end_to_end": "A whole model with random weights, sliced to 75 % of its blocks' parameters, patched (ours); the "
     "baselines are the same sliced model unpatched, and the dense one. ms: one pass over the prompt, or all steps of "
@@ -155,7 +156,7 @@ def plot_end_to_end(results: dict[str, Any], path: Path) -> None:
     rows = groups(results)["end_to_end"]
     phases = list(dict.fromkeys(row["params"]["phase"] for row in rows))
     figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
-    for axes, phase in zip(figure.subplots(1, len(phases)), phases, strict=True):
+    for axes, phase in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
         mine = [row for row in rows if row["params"]["phase"] == phase]
         names = list(mine[0]["extra_info"]["seconds"])[::-1]
         for number, name in enumerate(names):

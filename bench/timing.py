@@ -1,9 +1,10 @@
 """What the benchmarks share: operands, timing, the table.
 
 Clocks, neighbours and the pages that operands come to lie on change from moment to moment, and not all contenders of a
-row suffer alike. So they take turns, one call each, and all rows are visited several times over, each time on operands
-newly allocated, so that a row's turns are spread over minutes. What disturbs a visit makes it slower, so a time is that
-of the fastest visit, which is the median of its turns; how far the second fastest is behind says how sure that is.
+row suffer alike. So they take turns, one call each, in several blocks of turns, each on operands newly allocated. On a
+CPU a visit to a row is one block and all rows are visited again and again, so that a row's blocks are spread over
+minutes; on a GPU one visit holds them all. What disturbs a block makes it slower, so a time is that of the fastest
+block, which is the median of its turns; how far the second fastest is behind says how sure that is.
 
 Where a call is bound by streaming its weights, the turns go through so many copies of them that none is still in the
 last cache when its turn comes again. On a GPU, one turn of a contender is the replay of a CUDA graph of calls, timed by

@@ -81,6 +81,16 @@ def test_report(tmp_path):
     assert "bfloat16 40 GB/s and 700 GFLOP/s, float32 40 GB/s and 700 GFLOP/s" in text
 
 
+@pytest.mark.parametrize("phases", [["prefill"], ["prefill", "decode"]])
+def test_report_of_whole_models(phases, tmp_path):
+    run = results(end_to_end=[2.0] * len(phases))
+    for row, phase in zip(run["benchmarks"], phases, strict=True):
+        row["params"] = {"geometry": "Llama-2-7B", "dtype": "bfloat16", "phase": phase, "harness": "eager"}
+        row["extra_info"]["tokens"] = 64
+    write(run, tmp_path)
+    assert (tmp_path / "a-cpu-avx2-2-threads-end-to-end.png").is_file()
+
+
 def test_a_time_is_that_of_the_fastest_visit():
     theirs, ours = [[4.0, 3.0, 9.0], [5.0], [4.5]], [[2.0], [2.2, 1.0, 2.2], [7.0]]
     assert ratio(theirs, ours) == pytest.approx((2.0, 4.5 / 4 - 1 + 2.2 / 2 - 1))
