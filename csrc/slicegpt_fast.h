@@ -1,9 +1,8 @@
 // The native core of slicegpt-fast: a flat C interface that knows neither torch nor Python.
 //
 // Conventions, for every function here:
-//   * pointers, sizes and strides come from the caller, who owns all memory; sizes and strides are 64-bit, strides
-//   count
-//     elements;
+//   * pointers, sizes and strides come from the caller, who owns all memory; strides are 64-bit and count elements, and
+//     a size is 64-bit unless its kernel bounds it;
 //   * a function that can fail returns a status: 0 is success, a negative value one of SGF_* below, a positive value a
 //     cudaError_t; sgf_status_text() puts any of them into words;
 //   * a CUDA launcher takes the stream as an opaque cudaStream_t, returns once the kernel is enqueued, and leaves

@@ -58,10 +58,17 @@ class TestExtension:
 
     @pytest.mark.skipif(not native.build_info().cuda_compiler, reason="built without CUDA")
     def test_holds_code_for_the_reported_archs(self):
-        triton = pytest.importorskip("triton")
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        compiled = set(re.findall(r"sm_(\d+[af]?)\.cubin", output(cuobjdump, "--list-elf", _C.__file__)))
+        compile_ahead = pytest.importorskip("slicegpt_fast.triton_kernels.compile_ahead")
+        compiled = set(re.findall(r"sm_(\d+[af]?)\.cubin", compile_ahead.cuobjdump(_C.__file__, "--list-elf")))
         assert compiled == set(native.build_info().cuda_archs)
+
+    def test_is_read_by_the_cuobjdump_beside_nvcc(self, tmp_path, monkeypatch):
+        compile_ahead = pytest.importorskip("slicegpt_fast.triton_kernels.compile_ahead")
+        for name in ("nvcc", "cuobjdump"):
+            (tmp_path / name).write_text(f"#!/bin/sh\necho {name} $@\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+        assert compile_ahead.cuobjdump("FILE", "-sass") == "cuobjdump -sass FILE\n"
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not native.build_info().cuda_compiler, reason="built without CUDA")

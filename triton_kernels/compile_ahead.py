@@ -6,7 +6,9 @@ descriptors, tile) is the one that a real call would compile.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -60,8 +62,11 @@ class Compiled:
 
 
 def cuobjdump(file: Path | str, *options: str) -> str:
-    """What Triton's own copy of cuobjdump prints about a cubin or a library."""
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    """What cuobjdump prints about a cubin or a library: the one beside nvcc, whose output it knows, else Triton's."""
+    compilers = (os.environ.get("CUDACXX", ""), f"{os.environ.get('CUDA_HOME')}/bin/nvcc", "nvcc")
+    nvcc = next(filter(None, map(shutil.which, compilers)), None)
+    program = shutil.which("cuobjdump", path=Path(nvcc).resolve().parent) if nvcc else None
+    program = program or Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return subprocess.run([program, *options, file], capture_output=True, text=True, check=True).stdout
 
 

@@ -22,8 +22,7 @@ def covariance_(
         x: [N, D] activations of any floating dtype. fp32 is not rounded to tf32. Kernels sum blocks of rows in fp32,
             which these sums must not overflow.
         row_scale: [N] factor of each row, such as the reciprocal norm of the normalised signal. With fp16 ``x``, the
-            scaled
-            rows must lie in fp16's range.
+            scaled rows must lie in fp16's range.
         mask: [N] bool; rows where it is false count nowhere, whatever they hold.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 

@@ -1,9 +1,7 @@
 """What the CUDA compiler made of csrc/cuda, read from the built extension."""
 
 import re
-import subprocess
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import pytest
 
@@ -14,12 +12,8 @@ DECODE = ("norm_linear_decode", "residual_linear_decode")
 CLUSTER = ("UCGABAR_ARV", "UCGABAR_WAIT", "LD.E.128")  # arriving, waiting, and reading shared memory of another block
 
 pytestmark = pytest.mark.skipif(not ARCHS, reason="built without CUDA")
-
-
-def cuobjdump(*options: str) -> str:
-    triton = pytest.importorskip("triton")
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([program, *options, _C.__file__], capture_output=True, text=True, check=True).stdout
+compile_ahead = pytest.importorskip("slicegpt_fast.triton_kernels.compile_ahead")
+cuobjdump = partial(compile_ahead.cuobjdump, _C.__file__)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The cuda backend without a GPU: what it refuses, and that its calls arrive in the native launchers as they should."""
+"""The cuda backend: what it refuses, how its calls arrive in the native launchers, and its sums over splits."""
 
 import re
 from contextlib import nullcontext
@@ -234,9 +234,9 @@ def test_last_waves_of_a_sliced_llama_2_7b_saturate_memory(d):
         assert (blocks - 1) % 264 >= 131, k
 
 
-@pytest.fixture(params=["80", "90a"])
+@pytest.fixture(params=["the GPU"] if torch.cuda.is_available() else ["80", "90a"])
 def arch(request):
-    """Each kind of decode kernels in the emulator, or those of the GPU."""
+    """The decode kernels of the GPU, or each kind of them in the emulator."""
     with nullcontext() if torch.cuda.is_available() else emulating(request.param):
         yield request.param
 
