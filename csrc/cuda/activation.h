@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "cuda/hopper.h"
+#include "cuda/host_device.h"
 #include "slicegpt_fast.h"
 
 namespace sgf {

@@ -23,10 +23,8 @@
 //     L2     28 KB per block and step of 768 clocks of MMA
 //     Floor  at N=65536, D=4096, bf16, one H200 (780 TFLOP/s): 1.54 ms
 //     Share  not yet measured
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/covariance.h"
+#include "cuda/element.cuh"
 #include "cuda/hopper.cuh"
 
 namespace {
@@ -121,34 +119,27 @@ __global__ __launch_bounds__(kThreads, 1) void partial_tiles(const __grid_consta
   cluster_sync();  // the other block may still be writing into this one's shared memory
 }
 
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ void round_to(float x, __half& y) { y = __float2half_rn(x); }
-__device__ void round_to(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
-
 // One block per token.
 template <class Element>
-__global__ void prepare(const Element* x, int64_t stride, int64_t N, int64_t D, const float* row_scale,
-                        const uint8_t* mask, Element* planes, int64_t pitch) {
+__global__ void prepare(const uint16_t* x, int64_t stride, int64_t N, int64_t D, const float* row_scale,
+                        const uint8_t* mask, uint16_t* planes, int64_t pitch) {
   wait_for_previous();
   const int64_t token = blockIdx.x;
   const bool counts = mask == nullptr || mask[token] != 0;
   const float s = row_scale == nullptr ? 1 : row_scale[token];
   const float p = __int_as_float(__float_as_int(s) & 0x7f800000), q = s * (s / (p > 0 ? p : 1));
   for (int64_t column = threadIdx.x; column < D; column += blockDim.x) {
-    const Element value = counts ? x[token * stride + column] : Element(0.0f);
-    Element* cell = planes + token * pitch + column;
+    const uint16_t value = counts ? x[token * stride + column] : 0;
+    uint16_t* cell = planes + token * pitch + column;
     if (row_scale == nullptr) {
       *cell = value;
       continue;
     }
-    const float scaled = counts ? widen(value) * q : 0;
-    Element high, low;
-    round_to(counts ? widen(value) * p : 0, cell[0]);
-    round_to(scaled, high);
-    round_to(scaled - widen(high), low);
+    const float scaled = counts ? Element::widen(value) * q : 0;
+    const uint16_t high = Element::round(scaled);
+    cell[0] = Element::round(counts ? Element::widen(value) * p : 0);
     cell[N * pitch] = high;
-    cell[2 * N * pitch] = low;
+    cell[2 * N * pitch] = Element::round(scaled - Element::widen(high));
   }
 }
 
@@ -183,8 +174,8 @@ __global__ void reduce_mirror(const float* workspace, int splits, Real* acc, int
 template <class Element>
 int prepare_planes(const void* x, int64_t stride, int64_t N, int64_t D, const float* row_scale, const uint8_t* mask,
                    void* planes, int64_t pitch, void* stream) {
-  return launch(prepare<Element>, {static_cast<unsigned>(N), 256}, stream, static_cast<const Element*>(x), stride, N, D,
-                row_scale, mask, static_cast<Element*>(planes), pitch);
+  return launch(prepare<Element>, {static_cast<unsigned>(N), 256}, stream, static_cast<const uint16_t*>(x), stride, N,
+                D, row_scale, mask, static_cast<uint16_t*>(planes), pitch);
 }
 
 }  // namespace
@@ -210,8 +201,8 @@ int sgf_cuda_covariance(const void* x, int64_t stride, int64_t N, int64_t D, con
   const int64_t pitch = planes == nullptr ? stride : ceil_div(D, 8) * 8;
   if (planes != nullptr) {
     const int status = dtype == SGF_BFLOAT16
-                           ? prepare_planes<__nv_bfloat16>(x, stride, N, D, row_scale, mask, planes, pitch, stream)
-                           : prepare_planes<__half>(x, stride, N, D, row_scale, mask, planes, pitch, stream);
+                           ? prepare_planes<Bfloat16>(x, stride, N, D, row_scale, mask, planes, pitch, stream)
+                           : prepare_planes<Half>(x, stride, N, D, row_scale, mask, planes, pitch, stream);
     if (status != SGF_OK) return status;
   }
   const bool scaled = row_scale != nullptr;

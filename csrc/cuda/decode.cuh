@@ -30,27 +30,15 @@
 // sectors, 1.25 times the traffic between L2 and the SMs (not that of the memory).
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/decode.h"
+#include "cuda/element.cuh"
 #include "cuda/launch.cuh"
 
 namespace sgf::decode {
 
+using sgf::Bfloat16, sgf::Half;
+
 constexpr int kPrefetched = 2;  // chunks per warp that are fetched into L2 before the previous kernel has ended
-
-struct Half {
-  static constexpr bool kBfloat16 = false;
-  static __device__ float widen(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-  static __device__ uint16_t round(float x) { return __half_as_ushort(__float2half_rn(x)); }
-};
-
-struct Bfloat16 {
-  static constexpr bool kBfloat16 = true;
-  static __device__ float widen(uint16_t bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
-  static __device__ uint16_t round(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-};
 
 // The first `count` of 8 elements from an aligned address, zeros for the rest: one load, and count is 0 or 8.
 template <bool kStreamed>

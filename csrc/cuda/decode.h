@@ -21,13 +21,11 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SGF_INLINE __host__ __device__ __forceinline__
-#else
-#define SGF_INLINE inline
-#endif
+#include "cuda/host_device.h"
 
 namespace sgf::decode {
+
+using sgf::ceil_div;
 
 constexpr int kMaxRows = 16;        // M
 constexpr int kMaxWidth = 1 << 30;  // K: a row's offsets are 32-bit, those of rows 64-bit
@@ -56,8 +54,6 @@ struct Lane {
 };
 
 SGF_INLINE Lane lane_of(int lane) { return {lane >> 2, lane & 3}; }
-
-SGF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Integer>
 SGF_INLINE int clamp(Integer x, int most) {
@@ -106,8 +102,8 @@ SGF_INLINE NormTile norm_tile(int64_t tile, int64_t scaled, int64_t unscaled, bo
           is_scaled ? row : columns + row - scaled};
 }
 
-// One lane's share of an operand whose rows are contiguous along k: load v of a chunk is row (i, half) = (v / 2, v %
-// 2).
+// One lane's share of an operand whose rows are contiguous along k: load v of a chunk is row (i, half) = (v / 2,
+// v % 2).
 struct KMajor {
   const uint16_t* row[2];  // of i = 0, at this member's first k
   int rows[2];             // how many i there are

@@ -10,20 +10,16 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SGF_INLINE __host__ __device__ __forceinline__
-#else
-#define SGF_INLINE inline
-#endif
+#include "cuda/host_device.h"
 
 namespace sgf::hopper {
+
+using sgf::ceil_div;
 
 constexpr int kRanks = 2;  // blocks of a cluster
 constexpr int kRowBytes = 128;
 constexpr int kEightRows = 8 * kRowBytes;
 constexpr int kSixteenRows = 2 * kEightRows;
-
-SGF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Matrix descriptor, 128-byte swizzle, of the 16 k from `address` on: eight rows are 1024 bytes apart from the next
 // eight. `block` is how far apart 64 of M or N are from the next 64; an operand along K has no use for it.

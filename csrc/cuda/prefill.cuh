@@ -23,37 +23,16 @@
 // Widths of 192 and 128 are there for what 256 would leave idle in the last wave or beyond the last column.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "cuda/element.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/prefill.h"
 
 namespace sgf::prefill {
 
 using namespace sgf::hopper;
+using sgf::Bfloat16, sgf::Half;
 
 constexpr int kThreads = 3 * 128;
-
-struct Half {
-  static constexpr bool kBfloat16 = false;
-  static __device__ float low(uint32_t pair) { return __half2float(__ushort_as_half(pair & 0xffff)); }
-  static __device__ float high(uint32_t pair) { return __half2float(__ushort_as_half(pair >> 16)); }
-  static __device__ uint32_t pack(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-};
-
-struct Bfloat16 {
-  static constexpr bool kBfloat16 = true;
-  static __device__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-  static __device__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000); }
-  static __device__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-};
 
 // One or two pairs: left [M, K] and right [rows, K], or right[1] [K, rows] where it lies along N.
 struct Problem {
