@@ -507,12 +507,11 @@ def tune(
     from rich.progress import track
 
     from slicegpt_fast.checkpoint import load_skeleton
-    from slicegpt_fast.ops.dispatch import DECODE_ROWS
     from slicegpt_fast.ops.tuning import Shape, tune
     from slicegpt_fast.patching import op_requests
     from slicegpt_fast.slicing import slice_config_of
     from slicegpt_fast.slicing.layers import narrow_
-    from slicegpt_fast.tuned import BUCKETS
+    from slicegpt_fast.tuned import BUCKETS, DECODE_ROWS
 
     skeleton = load_skeleton(model)
     sliced = slice_config_of(skeleton)

@@ -36,7 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slicegpt_fast.counters import counters
 from slicegpt_fast.memory import rows, vector
-from slicegpt_fast.ops.dispatch import DECODE_ROWS
+from slicegpt_fast.tuned import DECODE_ROWS
 
 from .launch import arrives_last, fits_tma, gpu_of, launch, vector_width
 from .matmul import SIZES, activate, add_in_order, load_tile, store_tile, tile_position

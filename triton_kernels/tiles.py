@@ -26,7 +26,7 @@ from functools import lru_cache
 import torch
 
 from slicegpt_fast import tuned
-from slicegpt_fast.ops.dispatch import DECODE_ROWS
+from slicegpt_fast.tuned import DECODE_ROWS
 
 from .launch import Gpu
 

@@ -22,10 +22,10 @@ from torch.nn import Parameter
 
 from slicegpt_fast import tuned
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.tuned import DECODE_ROWS
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SLICEGPT_FAST_BACKEND"
-DECODE_ROWS = 16  # up to this many rows a matmul is bound by streaming its weight
 HALF = (torch.float16, torch.bfloat16)
 
 LIBRARY = torch.library.Library("slicegpt_fast", "DEF")
