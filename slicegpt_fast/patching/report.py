@@ -15,8 +15,8 @@ class Row:
 
     layer: str
     ops: str  # in the order in which they run
-    decode: str  # backend of each op for up to 16 rows
-    prefill: str  # and for more
+    decode: str  # backend of each op for one row
+    prefill: str  # and for 512
     reason: str | None  # why the part runs unfused; None: it runs fused
 
 
