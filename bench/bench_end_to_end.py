@@ -58,7 +58,7 @@ PROMPT, NEW_TOKENS, ROUNDS = {"cuda": (1984, 64, 5), "cpu": (512, 8, 5)}[DEVICE.
 SLICED = {"cuda": "bfloat16", "cpu": "float32"}[DEVICE.type]  # on a GPU the kernels take half precision alone
 BASE = {"cuda": (2048, 4, 16384), "cpu": (256, 4, 2048)}[DEVICE.type]
 GROWTH = {"base": (1, 1, 1), "2 x width": (2, 1, 1), "2 x layers": (1, 2, 1), "2 x tokens": (1, 1, 2)}
-SLICES = 2  # rounds
+SLICES = {"cuda": 2, "cpu": 4}[DEVICE.type]  # rounds
 STAGES = ("forward", "covariance", "eigendecomposition", "rotation", "I/O")
 
 
