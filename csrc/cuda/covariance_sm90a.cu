@@ -12,7 +12,7 @@
 //    (p x is exact; rounding s^2 x to 16 bits would cost 1e-4). Then X^T diag(s^2) X takes two passes over the tokens.
 // 2. partial_tiles: cluster (tile, split). One warpgroup's first thread keeps the copy engine five steps of 64 tokens
 //    ahead; two warpgroups of tensor cores, 64 x 192 each, read both operands along M and N, as they lie. A chain of
-//    256 tokens ends in a second set of fp32 accumulators.
+//    256 tokens (fp16: 128) ends in a second set of fp32 accumulators.
 // 3. reduce_mirror: adds the splits in order in fp64, then acc's old value, and writes both halves. Same inputs, same
 //    bits.
 //
@@ -96,14 +96,15 @@ __global__ __launch_bounds__(kThreads, 1) void partial_tiles(const __grid_consta
 #pragma unroll
       for (int k = 0; k < kStep / 16; ++k) {
         wgmma<kBfloat16, true, true>(chain, operand(stage + group * kBlockBytes + k * kSixteenRows),
-                                     operand(stage + kColumnsOffset + k * kSixteenRows), k > 0 || step % kChain > 0);
+                                     operand(stage + kColumnsOffset + k * kSixteenRows),
+                                     k > 0 || step % kChain<kBfloat16> > 0);
       }
       commit();
       wait_for_tensor_cores<0>();
       pin(chain);
       if (threadIdx.x % 32 < kRanks) arrive(shared_address(empty + s), threadIdx.x % 32);
       __syncwarp();
-      if (step % kChain == kChain - 1 || step == steps - 1) {
+      if (step % kChain<kBfloat16> == kChain<kBfloat16> - 1 || step == steps - 1) {
 #pragma unroll
         for (int c = 0; c < 96; ++c) total[c] += chain[c];
       }

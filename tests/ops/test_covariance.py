@@ -34,7 +34,7 @@ def uneven(N, D, dtype, device):
     return ((torch.randn(N, D, device=device) + 0.5) * sizes).to(dtype)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (3, 17), (17, 40), (199, 300), (530, 152)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (3, 17), (17, 40), (199, 300), (530, 152), (4000, 24)], ids=str)
 def test_matches_fp64(shape, backend, dtype, device):
     x = uneven(*shape, dtype, device)
     acc = torch.eye(shape[1], dtype=torch.float64, device=device)
@@ -155,6 +155,38 @@ def test_any_shape(backend, N, D, masked, scaled, seed):
     acc = torch.zeros(D, D, dtype=torch.float64, device=device)
     covariance_(acc, x, row_scale, mask, backend=backend)
     assert relative_error(acc, exact(x, row_scale, mask)) <= (1e-5 if scaled else 1e-6)
+
+
+def tensor_core_sums(x, chain, block, bits):
+    """X^T X in MMA chains, as tensor cores are known to add (arXiv 2512.07004), and the chains' sums in fp32.
+
+    The products of ``block`` rows and the sum so far are cut off ``bits`` behind the largest of their exponents, added
+    exactly, and the sum is cut to fp32.
+    """
+
+    def exponent(value):
+        return torch.where(value == 0, -999, torch.frexp(value)[1] - 1)
+
+    total = torch.zeros(x.shape[1], x.shape[1])
+    for rows in x.double().split(chain):
+        held = torch.zeros_like(total, dtype=torch.float64)
+        for part in rows.split(block):
+            products = part[:, :, None] * part[:, None, :]
+            exponents = (exponent(part)[:, :, None] + exponent(part)[:, None, :]).amax(0)
+            grid = torch.exp2((torch.maximum(exponents, exponent(held)) - bits).double())
+            mantissa, scale = torch.frexp(((products / grid).trunc().sum(0) + (held / grid).trunc()) * grid)
+            held = torch.ldexp((mantissa * 2**24).trunc(), scale - 24)
+        total += held.float()
+    return total
+
+
+@pytest.mark.parametrize(("block", "bits"), [(8, 24), (16, 25)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_chains_bound_what_tensor_cores_cut_off(half, block, bits):
+    covariance = pytest.importorskip("slicegpt_fast.triton_kernels.covariance")
+    x = torch.randn(8192, 16).to(half)
+    assert relative_error(tensor_core_sums(x, covariance.CHAIN[half], block, bits), exact(x)) <= 1e-6
+    assert relative_error(tensor_core_sums(x, 2048, block, bits), exact(x)) > 1e-6  # so chains it takes
 
 
 def test_splits_add_up_in_order(device, monkeypatch):
