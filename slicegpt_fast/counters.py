@@ -16,6 +16,7 @@ class _Counters:
     captures fill up.
     """
 
+    LINE = 32  # cells: all are as aligned as the first, for Triton compiles anew, even in a capture, what is not
     FEWEST, POOL = 1 << 10, 1 << 16
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class _Counters:
     def __call__(self, count: int, device: torch.device) -> Tensor | None:
         if count == 0:
             return None
+        count = -(-count // self.LINE) * self.LINE
         stream = 0
         if device.type == "cuda":
             pool = self._pools.get(device)

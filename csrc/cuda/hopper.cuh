@@ -12,9 +12,9 @@ namespace sgf::hopper {
 // 128-byte swizzle; what lies outside the tensor arrives as zeros. Strides count elements.
 inline int make_map(const void* tensor, int64_t const (&sizes)[3], int64_t const (&strides)[2], int box_rows, int dtype,
                     CUtensorMap* map) {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t error =
+  static void* entry = nullptr;
+  static cudaDriverEntryPointQueryResult found;
+  static const cudaError_t error =
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
   if (error != cudaSuccess) return error;
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;

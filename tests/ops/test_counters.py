@@ -61,9 +61,10 @@ def test_captures_own_their_cells_and_find_enough_of_them(gpu):
     for _ in range(5):
         counters(8, CUDA)
         gpu.capturing = True
-        given += [counters(1000, CUDA) for _ in range(30)]
+        given += [counters(count, CUDA) for count in (46, 1000, 3, 172) * 8]
         gpu.capturing = False
     assert threading.get_ident() not in gpu.allocations  # as a graph's memset would be
+    assert all(cells.data_ptr() % 16 == given[0].data_ptr() % 16 for cells in given)  # by which Triton compiles
     spans = sorted((cells.data_ptr(), cells.data_ptr() + cells.nbytes) for cells in given)
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
     storages = {cells.untyped_storage().data_ptr() for cells in given}
@@ -77,6 +78,7 @@ def test_captured_launches_own_their_cells():
     with torch.cuda.graph(graph):
         first, second = (counters(8, CUDA) for _ in range(2))
     assert first.data_ptr() + 8 * 4 <= second.data_ptr()
+    assert first.data_ptr() % 16 == second.data_ptr() % 16 == 0
 
 
 @pytest.mark.gpu
