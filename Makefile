@@ -42,7 +42,6 @@ gpu-check:  ## with a GPU, its packages, no network: test, tune, time the kernel
 	bench/gpu_check.sh $(PYTHON) build/gpu-check $(STAGES)
 
 wheel: | $(BIN)/python  ## build a wheel for this Python into dist/
-	rm -rf build/lib.*  # setuptools packs whatever an earlier build left there, deleted modules too
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 format: $(VENV)/.installed-test  ## put all sources into the project's style

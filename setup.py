@@ -28,6 +28,7 @@ import pybind11
 from ninja.ninja_syntax import Writer, escape
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CSRC = Path("csrc")
 SANITIZE = os.environ.get("SLICEGPT_FAST_SANITIZE") == "1"
@@ -51,12 +52,8 @@ CPU_FLAGS = {
         "avx2": AVX2,
         "avx512": AVX512,
         "avx512bf16": AVX512BF16,
-        "amxbf16": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
     },
-    "aarch64": {
-        "neonbf16": ["-march=armv8.2-a+bf16"],
-        "svebf16": ["-march=armv8.2-a+sve+bf16"],
-    },
+    "aarch64": {},
 }
 
 
@@ -181,12 +178,21 @@ class NinjaBuild(build_ext):
             fail("csrc/ did not compile; the compiler's message stands above.")
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)  # processes may run the old one
         shutil.copy(BUILD / "_C.so", library)
+
+
+class FreshBuild(build_py):
+    """Copies the Python files into an empty folder: what an earlier build left there would be packed."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 setup(
     packages=[*find_packages(include=["slicegpt_fast", "slicegpt_fast.*"]), "slicegpt_fast.triton_kernels"],
     package_dir={"slicegpt_fast.triton_kernels": "triton_kernels"},
     ext_modules=[Extension("slicegpt_fast._C", sources=[])],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_py": FreshBuild, "build_ext": NinjaBuild},
 )

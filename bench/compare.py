@@ -54,6 +54,8 @@ def main() -> None:
         print(f"{file} does not exist: nothing was measured on such a machine yet.")
         return
     rows, lost = compare(json.loads(file.read_text()), runs)
+    if not rows:
+        sys.exit(f"error: {file} and the runs have no row in common: measure it again.")
     print(table(rows))
     if lost:
         sys.exit(f"error: {', '.join(lost)} lost more than a third of the ratio to the reference.")

@@ -122,7 +122,7 @@ def dataset_documents(name: str, purpose: Purpose, split: str | None = None) -> 
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"dataset {name} cannot be loaded: {reason(error)}.") from error
-    return list(rows[_text_column(name, source.column, rows.features)])
+    return [text for text in rows[_text_column(name, source.column, rows.features)] if text is not None]
 
 
 def _text_column(name: str, column: str, features: Mapping[str, Any]) -> str:

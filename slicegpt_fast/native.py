@@ -42,8 +42,7 @@ def cpu_isa() -> str:
     """The instruction set of the CPU kernels: the strongest that this machine supports and that
     SLICEGPT_FAST_CPU_ISA, read once per process, allows.
 
-    From weakest to strongest, on x86-64: baseline, avx2, avx512, avx512bf16, amxbf16; on aarch64: baseline, neonbf16,
-    svebf16.
+    From weakest to strongest, on x86-64: baseline, avx2, avx512, avx512bf16; on aarch64: baseline.
 
     Raises InputError where the variable holds another name.
     """

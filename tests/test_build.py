@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -94,8 +95,7 @@ class TestCpuIsa:
         known = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
         known |= {"bf16", "sve", "svebf16"}
         found = set(native.cpu_features())
-        assert found - {"amx_tile", "amx_bf16"} == reported & known
-        assert found <= reported  # a sandbox may refuse the AMX tiles of a CPU that has them
+        assert found == reported & known
 
     @pytest.mark.parametrize("cap", ["", *ISAS])
     def test_is_the_strongest_below_the_cap(self, cap):
@@ -187,12 +187,9 @@ class TestSetup:
     @pytest.mark.slow
     def test_a_file_name_chooses_what_a_kernel_is_compiled_for(self, sdist, tmp_path):
         tree = shutil.copytree(sdist, tmp_path / "tree")
-        level = ISAS[1]
-        other = "svebf16" if level == "avx2" else "avx2"
-        feature = {"avx2": "__AVX2__", "neonbf16": "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC"}[level]
-        (tree / f"csrc/cpu/probe_{level}.cpp").write_text(f"#ifndef {feature}\n#error\n#endif\n")
-        (tree / f"csrc/cpu/probe_{other}.cpp").write_text("#error\n")
-        (tree / "csrc/cpu/probe_plain.cpp").write_text(f"#ifdef {feature}\n#error\n#endif\n")
+        here = "#ifndef __AVX2__\n#error\n#endif\n" if "avx2" in ISAS else "#error\n"  # else it is left out
+        (tree / "csrc/cpu/probe_avx2.cpp").write_text(here)
+        (tree / "csrc/cpu/probe_plain.cpp").write_text("#ifdef __AVX2__\n#error\n#endif\n")
         output(sys.executable, "setup.py", "-q", "build_ext", cwd=tree, env=environment(SLICEGPT_FAST_CUDA="0"))
 
     @pytest.mark.slow
@@ -223,6 +220,9 @@ def test_wheel(cuda, sdist, tools, tmp_path):
         env |= {"PATH": str(tools)}  # and SLICEGPT_FAST_CUDA unset, which is auto
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     tree = shutil.copytree(sdist, tmp_path / "tree")
+    left = tree / f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/slicegpt_fast/ghost.py"
+    left.parent.mkdir(parents=True)
+    left.touch()  # of an earlier build
     output(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, tree, env=env)
     wheel = next(tmp_path.glob("slicegpt_fast-*.whl"))
 
@@ -231,8 +231,8 @@ def test_wheel(cuda, sdist, tools, tmp_path):
     packaged = zipfile.ZipFile(wheel).namelist()
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "slicegpt_fast").rglob("*.py")}
     expected |= {f"slicegpt_fast/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").rglob("*.py")}
-    expected |= {"slicegpt_fast/_C.pyi", "slicegpt_fast/py.typed"}
-    assert expected <= set(packaged)
+    expected |= {f"slicegpt_fast/{name}" for name in ("_C.pyi", "py.typed", "tuned.json")}
+    assert {name for name in packaged if ".dist-info/" not in name and "/_C.cpython-" not in name} == expected
 
     python = tmp_path / "env/bin/python"
     output(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env")

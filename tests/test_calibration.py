@@ -106,12 +106,14 @@ class TestWindows:
 class TestDatasets:
     @pytest.fixture
     def calls(self, monkeypatch):
-        """What `load_dataset` was asked for; it gives three rows."""
+        """What `load_dataset` was asked for; one of its rows is null."""
         calls = []
 
         def load_dataset(path, **options):
             calls.append((path, options))
-            return datasets.Dataset.from_dict({"text": ["a", "", "b"], "sentence": ["c", "d", "e"], "label": [0, 1, 2]})
+            return datasets.Dataset.from_dict(
+                {"text": ["a", "", None, "b"], "sentence": ["c", "d", "e", "f"], "label": [0, 1, 2, 3]}
+            )
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         return calls
@@ -121,7 +123,7 @@ class TestDatasets:
     def test_presets(self, calls, name, purpose):
         source = DATASETS[name]
         documents = dataset_documents(name, purpose)
-        assert documents == (["c", "d", "e"] if name == "ptb" else ["a", "", "b"])
+        assert documents == (["c", "d", "e", "f"] if name == "ptb" else ["a", "", "b"])
         split = {"calibration": source.calibration, "evaluation": source.evaluation}[purpose]
         assert calls == [(source.path, {"split": split, **source.options})]
 

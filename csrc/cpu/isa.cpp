@@ -12,8 +12,6 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -41,14 +39,11 @@ enum : uint32_t {
   kAvx512dq = 1u << 5,
   kAvx512vl = 1u << 6,
   kAvx512bf16 = 1u << 7,
-  kAmxTile = 1u << 8,
-  kAmxBf16 = 1u << 9,
 };
 
 constexpr Feature kFeatures[] = {
     {kAvx2, "avx2"},         {kFma, "fma"},           {kF16c, "f16c"},         {kAvx512f, "avx512f"},
     {kAvx512bw, "avx512bw"}, {kAvx512dq, "avx512dq"}, {kAvx512vl, "avx512vl"}, {kAvx512bf16, "avx512_bf16"},
-    {kAmxTile, "amx_tile"},  {kAmxBf16, "amx_bf16"},
 };
 
 constexpr Level kLevels[] = {
@@ -56,7 +51,6 @@ constexpr Level kLevels[] = {
     {"avx2", kAvx2 | kFma | kF16c},
     {"avx512", kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl},
     {"avx512bf16", kAvx512bf16},
-    {"amxbf16", kAmxTile | kAmxBf16},
 };
 
 struct CpuidResult {
@@ -77,20 +71,13 @@ uint64_t enabled_register_state() {
   return (uint64_t{high} << 32) | low;
 }
 
-// Linux lets a process touch the AMX tiles only after it has asked for them (8 KiB more in every signal frame).
-bool request_amx_tiles() {
-  constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
-  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
-}
-
 uint32_t detect_features() {
   const CpuidResult basic = cpuid(1, 0), extended = cpuid(7, 0), extended1 = cpuid(7, 1);
   const auto bit = [](uint32_t reg, int index) { return (reg >> index & 1) != 0; };
 
   const uint64_t state = bit(basic.ecx, 27) /* OSXSAVE */ ? enabled_register_state() : 0;
-  const bool ymm = (state & 0x06) == 0x06;          // XMM, upper YMM
-  const bool zmm = ymm && (state & 0xe0) == 0xe0;   // mask registers, upper ZMM, ZMM16-31
-  const bool tiles = (state & 0x60000) == 0x60000;  // tile configuration, tile data
+  const bool ymm = (state & 0x06) == 0x06;         // XMM, upper YMM
+  const bool zmm = ymm && (state & 0xe0) == 0xe0;  // mask registers, upper ZMM, ZMM16-31
 
   uint32_t found = 0;
   const auto add = [&found](bool present, uint32_t feature) { found |= present ? feature : 0; };
@@ -102,10 +89,6 @@ uint32_t detect_features() {
   add(zmm && bit(extended.ebx, 17), kAvx512dq);
   add(zmm && bit(extended.ebx, 31), kAvx512vl);
   add(zmm && bit(extended1.eax, 5), kAvx512bf16);
-  if (tiles && bit(extended.edx, 24) && request_amx_tiles()) {
-    add(true, kAmxTile);
-    add(bit(extended.edx, 22), kAmxBf16);
-  }
   return found;
 }
 
@@ -117,8 +100,6 @@ constexpr Feature kFeatures[] = {{kBf16, "bf16"}, {kSve, "sve"}, {kSvebf16, "sve
 
 constexpr Level kLevels[] = {
     {"baseline", 0},  // NEON, which every aarch64 has
-    {"neonbf16", kBf16},
-    {"svebf16", kSve | kSvebf16},
 };
 
 // The kernel's bits for the auxiliary vector, spelled out because older system headers lack the newer ones.

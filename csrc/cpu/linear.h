@@ -205,7 +205,7 @@ inline void add_steps(int64_t M, const float* a, int64_t a_stride, const T* w, i
 #pragma GCC unroll 8
       for (int i = 0; i < steps; ++i) total += x[i] * splat(a[m * a_stride + i]);
       float* const to = sums + m * sums_stride + j;
-      store(to, load(to) + total);
+      store(to, load(to, count...) + total, count...);  // the next columns are another thread's
     }
   };
   int64_t j = 0;
@@ -213,8 +213,9 @@ inline void add_steps(int64_t M, const float* a, int64_t a_stride, const T* w, i
   if (j < n) add(j, n - j);
 }
 
-// exp(x) to about 1 ulp, between the exponents of the smallest normal number and of the largest.
+// exp(x) to about 1 ulp, no less than e^-87, and infinite beyond e^88.
 inline Floats exp(Floats x) {
+  const Floats limit = x > 88.0f ? splat(std::numeric_limits<float>::infinity()) : Floats{};
   x = x > 88.0f ? splat(88.0f) : x;
   x = x < -87.0f ? splat(-87.0f) : x;
   const Floats shifted = x * 1.44269504f + 0x1.8p23f;  // the nearest whole number, in the low bits
@@ -228,7 +229,7 @@ inline Floats exp(Floats x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return bit_cast<Floats>(bit_cast<Words>(p) + (bit_cast<Words>(shifted) << 23));
+  return bit_cast<Floats>(bit_cast<Words>(p) + (bit_cast<Words>(shifted) << 23)) + limit;
 }
 
 inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }

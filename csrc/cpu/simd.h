@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -165,7 +166,11 @@ inline void store(T* to, Floats x, int64_t count) {
 // Lane i is that of x whose number differs from i in the bits of `flip`.
 template <int flip, int... lane>
 inline Floats exchange(Floats x, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
   return __builtin_shufflevector(x, x, (lane ^ flip)...);
+#else
+  return __builtin_shuffle(x, Words{(lane ^ flip)...});
+#endif
 }
 
 // The sum of all lanes, always in the same order: lane i and lane i + kLanes / 2, and so on.

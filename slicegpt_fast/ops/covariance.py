@@ -33,6 +33,8 @@ def covariance_(
         InputError: an argument's shape, dtype or device does not fit, or the backend cannot run the call.
     """
     OP(acc, x, row_scale, mask, backend=backend)
+    if not torch.compiler.is_compiling() and not acc.is_inference():
+        torch.autograd.graph.increment_version(acc)  # kernels write past autograd
     return acc
 
 
@@ -60,6 +62,7 @@ def check(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None)
         acc.shape[0] == D and acc.shape[1] == D,
         f"argument acc has shape {list(acc.shape)}; for x of width {D} it must be [{D}, {D}].",
     )
+    require(D < 2 or 0 not in acc.stride(), "argument acc is expanded; give each element memory of its own.")
     check_vector("row_scale", row_scale, N, None, x.device)
     require(row_scale is None or row_scale.is_floating_point(), "argument row_scale must have a floating-point dtype.")
     check_vector("mask", mask, N, torch.bool, x.device)

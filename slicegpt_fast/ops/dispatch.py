@@ -226,7 +226,7 @@ class Op:
 def _metadata(x: Any) -> Any:
     """All of an argument that a plan may depend on. No plan is ever made for a tensor that only stands for another."""
     if type(x) in (Tensor, Parameter):
-        return (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+        return (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.is_neg())
     return type(x) if isinstance(x, Tensor) else x
 
 

@@ -63,6 +63,8 @@ def test_the_command_fails_only_on_a_loss(tmp_path, monkeypatch):
     run(results(block=[3.0]), tmp_path / "known")
     with pytest.raises(SystemExit, match=r"^error: block lost more than a third of the ratio to the reference\.$"):
         run(results(block=[1.0]), tmp_path / "known")
+    with pytest.raises(SystemExit, match=r"have no row in common: measure it again\.$"):
+        run(results(other=[3.0]), tmp_path / "known")
 
 
 def test_report(tmp_path):

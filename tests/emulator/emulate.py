@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,7 @@ def emulating(arch: str) -> Iterator[None]:
 @cache
 def emulated(arch: str) -> ModuleType:
     """The launchers of csrc/cuda, bound as in slicegpt_fast._C, of kernels compiled for ``arch``."""
-    folder = ROOT / "build" / f"emulator-{arch}{'-asan' * bool(SANITIZE)}"
+    folder = ROOT / "build" / f"emulator-{arch}-{sys.implementation.cache_tag}{'-asan' * bool(SANITIZE)}"
     folder.mkdir(parents=True, exist_ok=True)
     defines = [f"-D__CUDA_ARCH__={arch[:2]}0", "-DSGF_CUDA", *NO_COMPILER] + ["-DSGF_SM90A"] * (arch == "90a")
     kernels = [file for file in CSRC.glob("cuda/*.cu") if "_sm" not in file.name or file.stem.endswith(arch)]

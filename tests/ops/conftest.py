@@ -72,12 +72,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call() -> Iterator[None]:
-    """Skips what the CUDA kernels refuse: they do not take every shape, nor every GPU."""
+    """Skips what the CUDA kernels refuse on this GPU; the emulated one takes all that is asked of it."""
     from slicegpt_fast.errors import InputError
 
     try:
         return (yield)
     except InputError as error:
-        if str(error).startswith("backend 'cuda' cannot run"):
+        if torch.cuda.is_available() and str(error).startswith("backend 'cuda' cannot run"):
             pytest.skip(str(error))
         raise

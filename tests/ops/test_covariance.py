@@ -80,8 +80,8 @@ def test_views(backend, dtype, device):
         assert (acc[-1] == 7).all()
 
 
-def test_acc_of_any_strides(backend, device):
-    x = uneven(30, 40, torch.float32, device)
+def test_acc_of_any_strides(backend, dtype, device):
+    x = uneven(30, 40, dtype, device)
     store = torch.zeros(80, 80, dtype=torch.float64, device=device)
     for acc in (store[:40, :40].T, store[40:, ::2]):
         covariance_(acc, x, backend=backend)
@@ -245,6 +245,7 @@ def test_offsets_are_64_bit(backend, device):
     [
         ("acc", dict(acc=torch.zeros(3, 4))),
         ("acc", dict(acc=torch.zeros(4, 4, dtype=torch.float16))),
+        ("acc", dict(acc=torch.zeros(4).expand(4, 4))),
         ("x", dict(x=torch.zeros(2, 3, 4))),
         ("x", dict(x=torch.zeros(5, 4, dtype=torch.int64))),
         ("row_scale", dict(row_scale=torch.zeros(4))),
@@ -258,6 +259,14 @@ def test_bad_arguments_are_named(name, change):
     arguments = dict(acc=torch.zeros(4, 4), x=torch.zeros(5, 4)) | change
     with pytest.raises(InputError, match=f"argument {name} "):
         covariance_(**arguments)
+
+
+def test_autograd_knows_that_acc_has_changed(backend, dtype, device):
+    acc, w = torch.ones(8, 8, device=device), torch.ones(8, 8, device=device, requires_grad=True)
+    product = (w * acc).sum()
+    covariance_(acc, torch.ones(3, 8, dtype=dtype, device=device), backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 def test_registration(device):

@@ -128,6 +128,37 @@ def test_threads_change_no_bit(M, dtype, threads):
         assert torch.equal(norm_linear(*arguments, backend="cpu"), expected)
 
 
+@pytest.mark.parametrize("activation", [None, "silu_gate"])
+@pytest.mark.parametrize("M", [1, 4])
+def test_threads_share_no_column_of_a_transposed_weight(M, activation, dtype, threads):
+    """Their ranges end within a vector: at each half of a gate, and before the unscaled columns."""
+    h, weight, *rest = inputs(M, 2 * 40 + 17, 2048, dtype, "cpu", activation, 17)
+    weight = weight.T.contiguous().T
+    expected = None
+    for count in [1] + 20 * [2]:
+        threads(count)
+        y = norm_linear(h, weight, *rest, backend="cpu")
+        expected = y if expected is None else expected
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_values(activation, dtype):
+    extremes = torch.tensor([-3e38, -1e5, -100, -89, -88, -0.0, 0, 88, 1e5, 3e38, -torch.inf, torch.nan])
+    weight = torch.zeros(len(extremes), 8, dtype=dtype)
+    arguments = torch.ones(1, 8, dtype=dtype), weight, extremes.to(dtype), EPS, 8, None, activation, 0
+    if activation == "silu_gate":
+        arguments = (
+            arguments[0],
+            torch.cat((weight, weight)),
+            torch.cat((extremes, extremes)).to(dtype),
+            *arguments[3:],
+        )
+    y = norm_linear(*arguments, backend="cpu")
+    torch.testing.assert_close(y, reference(*double(arguments)).to(dtype), equal_nan=True)
+
+
 def test_cpu_leaves_fp64_to_torch():
     arguments = double(inputs(2, 4, 3, torch.float32, "cpu"))
     with pytest.raises(InputError, match=r"'cpu' cannot run norm_linear: it has no torch\.float64 kernel"):
