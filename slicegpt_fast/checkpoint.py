@@ -4,10 +4,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from huggingface_hub import snapshot_download
@@ -86,6 +88,9 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int
     folder = Path(folder).expanduser().absolute()
     check_writable(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    for left in folder.parent.glob(f".{escape(folder.name)}.partial-*"):  # by processes that were killed
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         check_space(folder, size)
         partial.mkdir(parents=True)
@@ -154,6 +159,8 @@ def checkpoint_folder(source: str | Path) -> Path:
 def _local_path(source: str | Path) -> Path | None:
     """The folder or GGUF file that ``source`` names, None for a hub id: one or two plain words that are not there."""
     path = Path(source).expanduser()
+    if not str(source):
+        raise InputError("the model's name is empty: give a hub id, a local folder or a GGUF file.")
     if path.exists():
         return path
     if _is_gguf(source) or path.is_absolute() or len(path.parts) > 2 or str(source)[0] in ".~":

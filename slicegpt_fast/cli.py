@@ -4,6 +4,7 @@ Whatever takes long to import is imported inside the commands.
 """
 
 import platform
+import signal as signals
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
@@ -33,14 +34,25 @@ class Commands(TyperGroup):
     """Turns bad input and Ctrl-C into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        interrupted = []
+
+        def interrupt(*_: Any) -> None:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+
+        before = signals.signal(signals.SIGINT, interrupt)
         try:
             return super().invoke(ctx)
         except InputError as error:
             errors.print(f"error: {error}")
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+        except (Exception, KeyboardInterrupt) as error:
+            if not interrupted and not isinstance(error, KeyboardInterrupt):  # native code makes others of it
+                raise
             errors.print("interrupted")
             raise typer.Exit(130) from None
+        finally:
+            signals.signal(signals.SIGINT, before)
 
 
 app = typer.Typer(
@@ -213,7 +225,7 @@ def slice_(
     from transformers import AutoConfig
 
     from slicegpt_fast.calibration import batched
-    from slicegpt_fast.checkpoint import check_writable, from_pretrained, load_tokenizer, save_model
+    from slicegpt_fast.checkpoint import check_writable, from_pretrained, load_tokenizer, write_folder
     from slicegpt_fast.evaluation import perplexity
     from slicegpt_fast.report import (
         Row,
@@ -234,7 +246,7 @@ def slice_(
     if (sparsity is None) == (target_params is None):
         raise InputError("give exactly one of --sparsity and --target-params.")
     arguments: dict[str, Any] = {
-        "basis": int(basis) if basis.isdigit() else basis,
+        "basis": int(basis) if basis.isdecimal() else basis,
         "signal": signal,
         "shortcut": shortcut,
         "shortcut_rank": shortcut_rank,
@@ -254,7 +266,7 @@ def slice_(
                 raise InputError(f"--basis auto chooses {option} itself: leave it out, or choose a basis.")
     documents = _documents(text, dataset, "calibration", split)
     progress = errors.is_terminal
-    step: Any = int(round_to) if round_to.isdigit() else round_to
+    step: Any = int(round_to) if round_to.isdecimal() else round_to
     size: dict[str, Any] = {"sparsity": sparsity, "target_params": target_params, "round_to": step}
     place, kind = _device(device), getattr(torch, dtype) if dtype else None
     if stream is None:
@@ -270,7 +282,15 @@ def slice_(
         config, tokenizer = from_pretrained(AutoConfig, model, {}), load_tokenizer(model)
         calibration = _windows(config, tokenizer, documents, length, sequences, seed)[:sequences]
         bases = slice_checkpoint(
-            model, out, batched(calibration), tokenizer=tokenizer, dtype=kind, device=place, **arguments, **size
+            model,
+            out,
+            batched(calibration),
+            tokenizer=tokenizer,
+            dtype=kind,
+            device=place,
+            progress=progress,
+            **arguments,
+            **size,
         )
         plot_spectra(bases, out / "spectra.png")
         console.print(_facts(describe(str(out))))
@@ -303,11 +323,16 @@ def slice_(
         notes.append(f"Perplexity: the next {len(held_out)} sequences of {length} tokens of the text.")
     else:
         notes.append("Perplexity: not measured, calibration took all of the text.")
-    save_model(sliced, out, tokenizer)
-    plot_spectra(bases, out / "spectra.png")
-    if trials:
-        points = {trial.name: [(trial.stored, trial.perplexity)] for trial in trials}
-        plot_trade_off(points, perplexity(dense, batched(calibration[-part:])), out / "plans.png")
+
+    def write(folder: Path) -> None:
+        sliced.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        plot_spectra(bases, folder / "spectra.png")
+        if trials:
+            points = {trial.name: [(trial.stored, trial.perplexity)] for trial in trials}
+            plot_trade_off(points, perplexity(dense, batched(calibration[-part:])), folder / "plans.png")
+
+    write_folder(out, write, size=sliced.get_memory_footprint())
     console.print(comparison(plan_title(model, bases.plan), rows, notes))
     console.print(f"Saved to {out}, with its spectra in {out / 'spectra.png'}.")
 

@@ -40,7 +40,7 @@ from slicegpt_fast.slicing.storage import FolderStorage, write_json
 from slicegpt_fast.slicing.stream import Batch, checked
 
 Activations = Literal["auto", "device", "memory", "disk"]
-OVERHEAD = 2**24  # the model's modules without weights, and what libraries allocate once
+OVERHEAD = 3 * 2**23  # the model's modules without weights, and what libraries allocate once
 CGROUP = Path("/sys/fs/cgroup")
 FREE_SHARE = 0.9  # of free memory that activations, or a model and its sliced copy, may fill
 

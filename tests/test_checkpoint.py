@@ -188,3 +188,13 @@ class TestDamage:
     def test_no_tokenizer(self, folder):
         with pytest.raises(InputError, match="cannot load"):
             load_tokenizer(folder)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    left, others = tmp_path / f".out.partial-{killed.stdout.strip()}", tmp_path / f".out.partial-{os.getppid()}"
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    write_folder(tmp_path / "out", lambda folder: (folder / "file").touch())
+    assert {path.name for path in tmp_path.iterdir()} == {"out", others.name}

@@ -1,8 +1,11 @@
 """The command line: what it prints, what it writes, and how it fails."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,6 +235,19 @@ class TestSlice:
         assert error_of(*common, "--sparsity", "0.2").endswith(
             "out exists and is not an empty folder: choose another place (--out) or remove it."
         )
+
+    def test_ctrl_c_within_native_code(self, common, tmp_path, monkeypatch):
+        def interrupted(*_, **__):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except KeyboardInterrupt:
+                raise ValueError("could not determine the shape") from None
+
+        monkeypatch.setattr("slicegpt_fast.slicing.apply_bases", interrupted)
+        result = run(*common, "--sequences", 5, "--sparsity", "0.2")
+        assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "interrupted")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_ctrl_c(self, common, tmp_path, monkeypatch):
         monkeypatch.setattr("slicegpt_fast.slicing.apply_bases", raises(KeyboardInterrupt))

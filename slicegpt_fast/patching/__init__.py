@@ -205,9 +205,9 @@ def _patch_of(model: PreTrainedModel) -> Patch | None:
 
 
 def _patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(patterns, str):
-        raise InputError(f"argument {argument} is one string; pass a list of patterns.")
-    return tuple(patterns)
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        raise InputError(f"argument {argument} is {patterns!r}; pass a list of patterns.")
+    return tuple(map(str, patterns))
 
 
 def _check_devices(name: str, layer: nn.Module) -> None:

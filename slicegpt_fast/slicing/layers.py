@@ -110,6 +110,9 @@ def forward_with_shortcuts(layer: nn.Module, hidden_states: Tensor, *positional:
     return (hidden_states, attention_weights) if architecture.returns_tuple else hidden_states
 
 
+forward_with_shortcuts.__name__ = "forward"  # by which pickle finds a bound method again
+
+
 @cache
 def with_shortcuts(kind: type[nn.Module], architecture: Architecture) -> type[nn.Module]:
     """The class of a family's decoder layers with shortcuts; its name stays, by which other libraries know it."""

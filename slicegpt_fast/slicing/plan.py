@@ -8,7 +8,7 @@ product of the two bases.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -97,10 +97,15 @@ def make_plan(
     step = _round_to(round_to, model)
     check_choice("signal", signal, Signal)
     check_choice("shortcut", shortcut, Shortcut)
-    if shortcut_rank is not None and (shortcut == "dense" or shortcut_rank < 0):
-        raise InputError(f"shortcut_rank truncates shortcut='aligned' to a rank of 0 or more, not {shortcut_rank}.")
+    if shortcut_rank is not None and (shortcut == "dense" or not _is_whole(shortcut_rank) or shortcut_rank < 0):
+        raise InputError(f"shortcut_rank truncates shortcut='aligned' to a rank of 0 or more, not {shortcut_rank!r}.")
     if sum(value is not None for value in (sparsity, target_params, widths)) != 1:
         raise InputError("give exactly one of sparsity, target_params and widths.")
+    for name, share in {"sparsity": sparsity, "target_params": target_params}.items():
+        if not isinstance(share, int | float | None):
+            raise InputError(f"{name} must be a number, not {share!r}.")
+    if not isinstance(widths, Sequence | None):
+        raise InputError(f"widths must be a list with the size of every norm site, not {widths!r}.")
     head_is_sliced = slice_head or basis == "shared"
     groups = _groups(basis, sites, head_is_sliced)
 
@@ -238,14 +243,15 @@ def check_plan(plan: SlicePlan, model: PreTrainedModel) -> None:
     fits = (
         plan.full_width == full
         and len(plan.widths) == len(plan.groups) == sites
-        and all(isinstance(width, int) and 0 < width <= full for width in plan.widths)
+        and all(_is_whole(width) and 0 < width <= full for width in plan.widths)
         and all(isinstance(group, int) for group in plan.groups)
         and len(set(zip(plan.groups, plan.widths, strict=True))) == len(set(plan.groups))
     )
     if not fits:
         raise InputError(
-            f"the plan (widths, or the quantization_config of a sliced model) does not fit a model of {sites} norm "
-            f"sites and hidden size {full}: give every site a size of 1 to {full}, the same within a group."
+            f"the plan (widths, or the quantization_config of a sliced model) has {len(plan.widths)} sizes and does "
+            f"not fit a model of {sites} norm sites and hidden size {full}: give every site a size of 1 to {full}, the "
+            "same within a group."
         )
 
 
@@ -259,10 +265,14 @@ def _groups(basis: Basis, sites: int, head_is_sliced: bool) -> tuple[int, ...]:
     return tuple(groups if head_is_sliced else [*groups, number])
 
 
+def _is_whole(number: object) -> TypeGuard[int]:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 def _round_to(round_to: int | str, model: PreTrainedModel) -> int:
     if round_to == "auto":
         return TILE.get(model.device.type, TILE["cpu"])
-    if not isinstance(round_to, int) or round_to < 1:
+    if not _is_whole(round_to) or round_to < 1:
         raise InputError(f"round_to must be 'auto' or a whole number of at least 1, not {round_to!r}.")
     return round_to
 

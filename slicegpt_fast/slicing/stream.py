@@ -145,7 +145,7 @@ def _checked(batch: Batch, index: int, vocab_size: int, device: torch.device) ->
     ids = torch.atleast_2d(batch["input_ids"])
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else torch.atleast_2d(mask)
-    if ids.dim() != 2 or ids.is_floating_point():
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise InputError(f"{name}: input_ids must be integers of shape [B, T], not {ids.dtype} {list(ids.shape)}.")
     if mask.shape != ids.shape:
         raise InputError(f"{name}: attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}.")
@@ -155,7 +155,7 @@ def _checked(batch: Batch, index: int, vocab_size: int, device: torch.device) ->
             f"{name} holds token id {int(wrong[0])}, but the model's vocabulary has {vocab_size}: use the model's own "
             "tokenizer."
         )
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return {"input_ids": ids.to(device, torch.long), "attention_mask": mask.to(device)}
 
 
 def _embed(model: PreTrainedModel, layers: list[nn.Module], batch: dict[str, Tensor]) -> tuple[Tensor, list[dict]]:

@@ -130,6 +130,17 @@ def test_the_weights_are_views_and_add_no_memory(plan):
     assert keys.data_ptr() != queries.data_ptr() + queries.nbytes
 
 
+@pytest.mark.parametrize("plan", ["dense", "per-norm", "aligned"])
+def test_pickles_of_a_patched_model_are_patched(plan, tmp_path):
+    model = patch_model(model_of(plan=plan))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    ids = tokens(2, 9)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert patch_report(again) == patch_report(model)
+    assert torch.equal(logits(unpatch_model(again), ids), logits(unpatch_model(model), ids))
+
+
 @pytest.mark.parametrize("plan", ["dense", "aligned"])
 def test_writing_into_a_parameters_data_is_seen(plan):
     """As adapters do when they are merged: neither a version nor an address tells of it."""
@@ -498,7 +509,7 @@ def test_nothing_to_patch():
         (lambda model: model.double(), {}, "dtype torch.float64; the ops take float32, float16, bfloat16"),
         (lambda model: model, dict(backend="gpu"), "argument backend is 'gpu'"),
         (lambda model: model, dict(backend="cuda"), "backend 'cuda' cannot run norm_linear"),
-        (lambda model: model, dict(include="lm_head"), "argument include is one string"),
+        (lambda model: model, dict(include="lm_head"), "argument include is .lm_head.; pass a list"),
         (lambda model: model, dict(exclude=["model.layers.9.*"]), "no part of the model is called 'model.layers.9.*'"),
     ],
 )

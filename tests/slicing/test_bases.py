@@ -150,6 +150,7 @@ def test_dropout_plays_no_part():
         ),
         ([tokens(1, 64), torch.full((1, 64), -1)], r"batch 1 holds token id -1"),
         ([torch.rand(2, 32)], r"input_ids must be integers of shape \[B, T\], not torch.float32"),
+        ([torch.ones(2, 32, dtype=torch.bool)], r"input_ids must be integers of shape \[B, T\], not torch.bool"),
         ([tokens(2, 3, 4)], r"input_ids must be integers of shape \[B, T\], not torch.int64 \[2, 3, 4\]"),
         (["some text"], r"batch 0 must be a tensor of token ids or a mapping with input_ids, not str"),
         ([{"input_ids": tokens(2, 32), "attention_mask": torch.ones(2, 31)}], r"attention_mask has shape \[2, 31\]"),

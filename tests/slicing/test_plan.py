@@ -99,6 +99,12 @@ def test_shortcuts_are_products_of_bases():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"sparsity": "x"}, "sparsity must be a number, not 'x'"),
+        ({"target_params": "0.5"}, "target_params must be a number, not '0.5'"),
+        ({"widths": 32}, "widths must be a list with the size of every norm site, not 32"),
+        ({"widths": [True] * 7}, "has 7 sizes and does not fit a model of 7 norm sites"),
+        ({"widths": [32] * 3}, "has 3 sizes and does not fit"),
+        ({"sparsity": 0.1, "shortcut": "aligned", "shortcut_rank": 2.5}, "to a rank of 0 or more, not 2.5"),
         ({}, "exactly one of sparsity, target_params and widths"),
         ({"sparsity": 0.1, "target_params": 0.9}, "exactly one of sparsity, target_params and widths"),
         ({"sparsity": 1.0}, r"sparsity must be at least 0 and below 1, not 1\.0"),
