@@ -34,8 +34,9 @@ install() {
 tests() { # without those that need no GPU and take their time; most of it Triton compiles, which several can do
     local parallel=()
     "$PYTHON" -c 'import xdist' 2> /dev/null && parallel=(-n 6)
-    "$PYTHON" -m pytest tests/ops tests/native tests/test_build.py tests/patching/test_on_gpu.py -m "not slow" -q "${parallel[@]}" \
-        --ignore tests/ops/test_compile_ahead.py --ignore tests/ops/test_cpu_isa.py --junitxml "$OUT/tests.xml"
+    "$PYTHON" -m pytest tests/ops tests/native tests/test_build.py tests/patching/test_on_gpu.py -m "not slow" -q \
+        --ignore tests/ops/test_compile_ahead.py --ignore tests/ops/test_cpu_isa.py \
+        --junitxml "$OUT/tests.xml" "${parallel[@]}"
 }
 
 tune() {

@@ -65,13 +65,32 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return from_pretrained(AutoTokenizer, source, {})
 
 
-def save_model(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_model(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    also: Callable[[Path], None] = lambda path: None,
+) -> None:
     """Write ``model`` (and ``tokenizer``) to a new folder, which appears complete or not at all.
+
+    Args:
+        model: dense or sliced.
+        folder: does not exist yet, or is empty.
+        tokenizer: saved beside the model.
+        also: writes what else belongs into the folder, such as a plot; called with its path before it appears.
 
     Raises:
         InputError: the folder has something in it, or the disk refuses or is too small.
     """
-    write_folder(folder, lambda path: _save(model, path, tokenizer), size=model.get_memory_footprint())
+
+    def write(path: Path) -> None:
+        model.save_pretrained(path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+        also(path)
+
+    write_folder(folder, write, size=model.get_memory_footprint())
 
 
 def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int = 0) -> None:
@@ -123,12 +142,6 @@ def check_space(folder: Path, size: int) -> None:
         raise InputError(
             f"{folder} needs up to {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free: make room first."
         )
-
-
-def _save(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    model.save_pretrained(path)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
 
 
 def from_pretrained(loader: Any, source: str | Path, options: dict[str, Any]) -> Any:

@@ -225,7 +225,7 @@ def slice_(
     from transformers import AutoConfig
 
     from slicegpt_fast.calibration import batched
-    from slicegpt_fast.checkpoint import check_writable, from_pretrained, load_tokenizer, write_folder
+    from slicegpt_fast.checkpoint import check_writable, from_pretrained, load_tokenizer, save_model
     from slicegpt_fast.evaluation import perplexity
     from slicegpt_fast.report import (
         Row,
@@ -324,15 +324,13 @@ def slice_(
     else:
         notes.append("Perplexity: not measured, calibration took all of the text.")
 
-    def write(folder: Path) -> None:
-        sliced.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    def plot(folder: Path) -> None:
         plot_spectra(bases, folder / "spectra.png")
         if trials:
             points = {trial.name: [(trial.stored, trial.perplexity)] for trial in trials}
             plot_trade_off(points, perplexity(dense, batched(calibration[-part:])), folder / "plans.png")
 
-    write_folder(out, write, size=sliced.get_memory_footprint())
+    save_model(sliced, out, tokenizer, also=plot)
     console.print(comparison(plan_title(model, bases.plan), rows, notes))
     console.print(f"Saved to {out}, with its spectra in {out / 'spectra.png'}.")
 

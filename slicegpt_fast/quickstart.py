@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slicegpt_fast.benchmark import benchmark
 from slicegpt_fast.calibration import batched, join_documents, text_documents, token_windows
-from slicegpt_fast.checkpoint import check_writable, load_model, load_tokenizer, save_model, write_folder
+from slicegpt_fast.checkpoint import check_writable, load_model, load_tokenizer, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import perplexity
 from slicegpt_fast.patching import patch_model
@@ -186,12 +186,7 @@ def run(
     for kind, each in (("dense", dense), ("sliced", sliced)):
         console.print(f"\n{kind}: {continuation(each, tokenizer, PROMPT)}")
 
-    def write(folder: Path) -> None:
-        sliced.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        plot_spectra(bases, folder / "spectra.png", sites=sites)
-
-    write_folder(out, write, size=sliced.get_memory_footprint())
+    save_model(sliced, out, tokenizer, also=lambda folder: plot_spectra(bases, folder / "spectra.png", sites=sites))
     reloaded = load_model(out)
     reloaded.to(device)  # type: ignore[arg-type]
     with torch.inference_mode():

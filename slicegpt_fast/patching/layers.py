@@ -229,7 +229,7 @@ class FusedSublayer:
         self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]
         self._owns = [module.__dict__ for module in self._modules]
         replaced = [{forward_slot(m): self.forwards[m]} if m in self.forwards else {} for m in self._modules]
-        self._forwards = [_forwards(own | forward) for own, forward in zip(self._owns, replaced, strict=True)]
+        self._forwards = [_own_forwards(own | forward) for own, forward in zip(self._owns, replaced, strict=True)]
 
     def requests(self) -> Requests:
         """What the ops are asked for."""
@@ -260,7 +260,7 @@ class FusedSublayer:
             return "one of its modules was replaced"
         if any(self._hooks) and any(_foreign(hooks) for hooks in self._hooks):
             return "a hook on one of its modules"
-        if [_forwards(own) for own in self._owns] != self._forwards:
+        if [_own_forwards(own) for own in self._owns] != self._forwards:
             return "one of its modules got another forward"
         return None
 
@@ -439,7 +439,7 @@ def _places(layer: nn.Module, sublayer: Sublayer, shortcut: nn.Module | None) ->
         yield from ((shortcut, name) for name, child in shortcut.named_children() if child is not None)
 
 
-def _forwards(own: dict[str, Any]) -> tuple[Any, Any]:
+def _own_forwards(own: dict[str, Any]) -> tuple[Any, Any]:
     return own.get("forward"), own.get("_old_forward")
 
 

@@ -11,7 +11,6 @@ from slicegpt_fast import InputError, patch_model, slice_model
 
 pytestmark = pytest.mark.gpu
 
-
 DEVICE = "cuda"
 PROMPTS = {"prefill": tokens(4, 33, seed=1), "decode": tokens(3, 1, seed=2)}
 PLANS = {"dense shortcut": {}, "low rank": dict(shortcut="aligned", shortcut_rank=5), "shared": dict(basis="shared")}
