@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from slicegpt_fast import InputError, load_model, load_tokenizer, perplexity
 from slicegpt_fast.calibration import batched, join_documents, token_windows
+from slicegpt_fast.plots import plot_trade_off
 from slicegpt_fast.quickstart import smollm2, wikipedia_leads
-from slicegpt_fast.report import plot_trade_off
 from slicegpt_fast.search import PLANS, plan_arguments
 from slicegpt_fast.slicing import apply_bases, block_parameters, find_bases, fit_bases, make_plan
 from slicegpt_fast.slicing.bases import refit_readers

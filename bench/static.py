@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 import triton
+from compile_ahead import GPUS, compile_calls, cuobjdump, resources
 from timing import table
 
 from slicegpt_fast import _C
-from slicegpt_fast.native import build_info
-from slicegpt_fast.triton_kernels.compile_ahead import GPUS, compile_calls, cuobjdump, resources
+from slicegpt_fast.kernels.native import build_info
 from slicegpt_fast.triton_kernels.covariance import covariance_
 from slicegpt_fast.triton_kernels.norm_linear import norm_linear
 from slicegpt_fast.triton_kernels.residual_linear import residual_linear

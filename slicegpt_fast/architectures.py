@@ -7,6 +7,7 @@ the inputs of readers and the outputs of writers; heads, rotary embeddings, quer
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -326,3 +327,15 @@ def architecture_of(model: Any) -> Architecture:
             f"{type(model).__name__} has no language head: load the model with AutoModelForCausalLM.from_pretrained."
         )
     return row if isinstance(row, Architecture) else row(config)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside, each module's own mode after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

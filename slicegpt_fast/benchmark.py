@@ -27,7 +27,7 @@ from transformers import Cache, PreTrainedModel, StaticCache
 
 from slicegpt_fast.errors import InputError, reason
 from slicegpt_fast.evaluation import flops_per_token, read_bytes, stored_parameters
-from slicegpt_fast.native import cpu_isa
+from slicegpt_fast.kernels.native import cpu_isa
 
 # Bytes to read, far more than caches hold, and the size of a square matmul: both long beside the launch of a kernel.
 PROBES = {"cpu": (256 << 20, 2048), "cuda": (4 << 30, 8192)}

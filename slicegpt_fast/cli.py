@@ -227,20 +227,19 @@ def slice_(
     from slicegpt_fast.calibration import batched
     from slicegpt_fast.checkpoint import check_writable, from_pretrained, load_tokenizer, save_model
     from slicegpt_fast.evaluation import perplexity
-    from slicegpt_fast.report import (
+    from slicegpt_fast.plots import plot_spectra, plot_trade_off
+    from slicegpt_fast.search import try_plans
+    from slicegpt_fast.slicing import apply_bases, fit_bases, slice_model
+    from slicegpt_fast.streaming import fits_in_memory, slice_checkpoint, work_folder
+    from slicegpt_fast.tables import (
         Row,
         comparison,
         describe,
         plan_title,
-        plot_spectra,
-        plot_trade_off,
         size_notes,
         size_rows,
         trial_table,
     )
-    from slicegpt_fast.search import try_plans
-    from slicegpt_fast.slicing import apply_bases, fit_bases, slice_model
-    from slicegpt_fast.streaming import fits_in_memory, slice_checkpoint, work_folder
 
     check_writable(out)
     if (sparsity is None) == (target_params is None):
@@ -430,8 +429,9 @@ def bench(
     from slicegpt_fast.benchmark import HARNESSES, benchmark
     from slicegpt_fast.checkpoint import check_writable, load_model, write_folder
     from slicegpt_fast.patching import patch_model
-    from slicegpt_fast.report import plot_speeds, speed_notes, speed_table
+    from slicegpt_fast.plots import plot_speeds
     from slicegpt_fast.slicing import slice_config_of
+    from slicegpt_fast.tables import speed_notes, speed_table
 
     if out is not None:
         check_writable(out)
@@ -490,7 +490,7 @@ def info(
     ] = False,
 ) -> None:
     """What a model is, from its config alone; without MODEL, what this installation is."""
-    from slicegpt_fast.report import describe
+    from slicegpt_fast.tables import describe
 
     if kernels:
         from slicegpt_fast.ops import kernel_table
@@ -530,11 +530,12 @@ def tune(
     from rich.progress import track
 
     from slicegpt_fast.checkpoint import load_skeleton
+    from slicegpt_fast.kernels.measured import BUCKETS
+    from slicegpt_fast.kernels.regimes import DECODE_ROWS
     from slicegpt_fast.ops.tuning import Shape, tune
     from slicegpt_fast.patching import op_requests
     from slicegpt_fast.slicing import slice_config_of
     from slicegpt_fast.slicing.layers import narrow_
-    from slicegpt_fast.tuned import BUCKETS, DECODE_ROWS
 
     skeleton = load_skeleton(model)
     sliced = slice_config_of(skeleton)
@@ -619,7 +620,7 @@ def _windows(
 
 
 def _installation() -> dict[str, str]:
-    from slicegpt_fast.native import build_info, cpu_features, cpu_isa
+    from slicegpt_fast.kernels.native import build_info, cpu_features, cpu_isa
 
     build = build_info()
     packages = ("slicegpt-fast", "torch", "transformers", "triton")

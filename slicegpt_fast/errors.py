@@ -1,5 +1,7 @@
 """The one exception that stands for bad input, and what it quotes of others."""
 
+from typing import get_args
+
 
 class InputError(ValueError):
     """Something the user can put right: a bad argument, a missing file, an unsupported model.
@@ -12,3 +14,9 @@ class InputError(ValueError):
 def reason(error: BaseException) -> str:
     """The first line of what another exception says, without its full stop; its name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    """Raise InputError unless ``value`` is one of a Literal's ``choices``."""
+    if value not in get_args(choices):
+        raise InputError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, not {value!r}.")

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from slicegpt_fast.architectures import evaluating
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.slicing.stream import evaluating
 
 ROWS_PER_STEP = 256  # bounds the fp32 copy of the logits: 50 MB at a vocabulary of 49152
 

@@ -33,7 +33,7 @@ from slicegpt_fast.architectures import architecture_of
 from slicegpt_fast.checkpoint import check_writable, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing import slice_config_of
-from slicegpt_fast.slicing.layers import WeightlessRMSNorm
+from slicegpt_fast.slicing.layers import WeightlessNorm
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def _norm_weights(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str,
     return {
         f"{name}.weight": model.lm_head.weight.new_full((size,), math.sqrt(norm.full_width / size))
         for name, norm in model.named_modules()
-        if isinstance(norm, WeightlessRMSNorm)
+        if isinstance(norm, WeightlessNorm)
     }
 
 

@@ -28,17 +28,17 @@ from slicegpt_fast.checkpoint import check_writable, load_model, load_tokenizer,
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import perplexity
 from slicegpt_fast.patching import patch_model
-from slicegpt_fast.report import (
+from slicegpt_fast.plots import plot_spectra
+from slicegpt_fast.slicing import apply_bases, find_bases, fit_bases, make_plan
+from slicegpt_fast.tables import (
     Row,
     comparison,
     plan_title,
-    plot_spectra,
     size_notes,
     size_rows,
     speed_notes,
     speed_table,
 )
-from slicegpt_fast.slicing import apply_bases, find_bases, fit_bases, make_plan
 
 LENGTH = 512
 CALIBRATION = 24  # windows, the first of the text

@@ -13,7 +13,8 @@ from rich.console import Console
 from slicegpt_fast import InputError
 from slicegpt_fast.benchmark import HARNESSES, _probes, benchmark, floor_seconds, machine_rates
 from slicegpt_fast.evaluation import flops_per_token, read_bytes, stored_parameters
-from slicegpt_fast.report import plot_speeds, speed_notes, speed_table
+from slicegpt_fast.plots import plot_speeds
+from slicegpt_fast.tables import speed_notes, speed_table
 
 
 @pytest.fixture(autouse=True)

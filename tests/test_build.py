@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from slicegpt_fast import _C, native, triton_kernels
+from slicegpt_fast import _C, triton_kernels
+from slicegpt_fast.kernels import native
 
 ROOT = Path(__file__).parent.parent
 ISAS = _C.cpu_isa_names()
@@ -59,12 +60,12 @@ class TestExtension:
 
     @pytest.mark.skipif(not native.build_info().cuda_compiler, reason="built without CUDA")
     def test_holds_code_for_the_reported_archs(self):
-        compile_ahead = pytest.importorskip("slicegpt_fast.triton_kernels.compile_ahead")
+        compile_ahead = pytest.importorskip("compile_ahead")
         compiled = set(re.findall(r"sm_(\d+[af]?)\.cubin", compile_ahead.cuobjdump(_C.__file__, "--list-elf")))
         assert compiled == set(native.build_info().cuda_archs)
 
     def test_is_read_by_the_cuobjdump_beside_nvcc(self, tmp_path, monkeypatch):
-        compile_ahead = pytest.importorskip("slicegpt_fast.triton_kernels.compile_ahead")
+        compile_ahead = pytest.importorskip("compile_ahead")
         for name in ("nvcc", "cuobjdump"):
             (tmp_path / name).write_text(f"#!/bin/sh\necho {name} $@\n")
             (tmp_path / name).chmod(0o755)
@@ -108,7 +109,7 @@ class TestCpuIsa:
 
     def test_unknown_cap(self):
         done = run(
-            *(sys.executable, "-c", "from slicegpt_fast.native import cpu_isa; cpu_isa()"),
+            *(sys.executable, "-c", "from slicegpt_fast.kernels.native import cpu_isa; cpu_isa()"),
             env=environment(SLICEGPT_FAST_CPU_ISA="sse9"),
         )
         assert done.stderr.strip().splitlines()[-1] == (
@@ -231,7 +232,7 @@ def test_wheel(cuda, sdist, tools, tmp_path):
     packaged = zipfile.ZipFile(wheel).namelist()
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "slicegpt_fast").rglob("*.py")}
     expected |= {f"slicegpt_fast/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").rglob("*.py")}
-    expected |= {f"slicegpt_fast/{name}" for name in ("_C.pyi", "py.typed", "tuned.json")}
+    expected |= {f"slicegpt_fast/{name}" for name in ("_C.pyi", "py.typed", "kernels/tuned.json")}
     assert {name for name in packaged if ".dist-info/" not in name and "/_C.cpython-" not in name} == expected
 
     python = tmp_path / "env/bin/python"

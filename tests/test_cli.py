@@ -16,10 +16,11 @@ from models import tiny_model
 from texts import TEXT, word_tokenizer
 from typer.testing import CliRunner
 
-from slicegpt_fast import InputError, load_model, load_tokenizer, perplexity, save_model, slice_model, tuned
+from slicegpt_fast import InputError, load_model, load_tokenizer, perplexity, save_model, slice_model
 from slicegpt_fast.calibration import batched, join_documents, token_windows
 from slicegpt_fast.cli import app
 from slicegpt_fast.evaluation import stored_parameters
+from slicegpt_fast.kernels import measured
 from slicegpt_fast.ops import tuning
 from slicegpt_fast.patching import op_requests
 
@@ -362,7 +363,7 @@ class TestBench:
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("slicegpt_fast.report.plot_speeds", interrupt)
+        monkeypatch.setattr("slicegpt_fast.plots.plot_speeds", interrupt)
         assert run("bench", model, "--out", tmp_path / "speed", *quick).exit_code == 130
         assert list(tmp_path.iterdir()) == []
 
@@ -390,15 +391,15 @@ class TestTune:
         windows = [torch.randint(64, (4, LENGTH))]
         sliced = slice_model(tiny_model(), windows, sparsity=0.25, shortcut=shortcut, progress=False)
         save_model(sliced, tmp_path / "sliced")
-        tuned._tables.cache_clear()
+        measured._tables.cache_clear()
         try:
             output = ran("tune", tmp_path / "sliced", "--rows", 1, "--rows", 512, "--dtype", "float16")
             for request in (request for pair in op_requests(sliced) for request in pair if request is not None):
-                bucket = tuned.bucket(torch.float16, request.shape, request.epilogue)
-                assert tuned.lookup("cpu", request.op, bucket).us["reference"] == 1.0
+                bucket = measured.bucket(torch.float16, request.shape, request.epilogue)
+                assert measured.lookup("cpu", request.op, bucket).us["reference"] == 1.0
                 assert request.op in output
         finally:
-            tuned._tables.cache_clear()
+            measured._tables.cache_clear()
 
     def test_without_a_gpu(self, model):
         if not torch.cuda.is_available():

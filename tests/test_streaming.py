@@ -19,10 +19,11 @@ from models import FAMILIES, VOCABULARY, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from slicegpt_fast import InputError, load_model, save_model, slice_checkpoint, slice_model, streaming
+from slicegpt_fast import InputError, load_model, save_model, slice_checkpoint, slice_model
 from slicegpt_fast.slicing import make_plan
-from slicegpt_fast.slicing.shards import Shards
-from slicegpt_fast.streaming import Needs, estimate, fits_in_memory
+from slicegpt_fast.streaming import fits_in_memory, memory
+from slicegpt_fast.streaming.memory import Needs, estimate
+from slicegpt_fast.streaming.shards import Shards
 
 PADDED = {"input_ids": tokens(2, 20, seed=1), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
 PADDED["attention_mask"][0, :7] = 0
@@ -120,7 +121,7 @@ def kill_at(write, monkeypatch):
             path.write_bytes(path.read_bytes()[:-100])
             raise Killed
 
-    monkeypatch.setattr("slicegpt_fast.slicing.storage.save_file", save)
+    monkeypatch.setattr("slicegpt_fast.streaming.storage.save_file", save)
     monkeypatch.setattr("slicegpt_fast.streaming.save_file", save)
 
 
@@ -175,7 +176,7 @@ SAMPLE = torch.randint(3, VOCABULARY, (4, 4, 80), generator=torch.Generator().ma
 PROGRAM = """
 import os, re, signal, sys, threading, time
 import torch, transformers.models.llama.modeling_llama
-from slicegpt_fast.slicing import storage
+from slicegpt_fast.streaming import storage
 from slicegpt_fast import slice_checkpoint
 
 source, folder, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -272,7 +273,7 @@ def test_another_model_is_not_resumed(finished, tmp_path, monkeypatch):
 def test_a_run_of_another_version_is_not_resumed(finished, tmp_path, monkeypatch):
     unfinished(finished / "dense", tmp_path, monkeypatch)
     versions = {"slicegpt-fast": "0.0.1"}
-    monkeypatch.setattr(streaming, "version", lambda name: versions.get(name) or version(name))
+    monkeypatch.setattr("slicegpt_fast.streaming.version", lambda name: versions.get(name) or version(name))
     with pytest.raises(InputError, match=r"differs in slicegpt-fast \(\S+ there, 0\.0\.1 now\): repeat"):
         slice_checkpoint(finished / "dense", tmp_path / "out", CALIBRATION, sparsity=0.25, progress=False)
 
@@ -457,7 +458,7 @@ def free(tmp_path, monkeypatch):
     def set_free(size):
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
 
-    monkeypatch.setattr(streaming, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
     return set_free
 
 
@@ -467,18 +468,18 @@ def free(tmp_path, monkeypatch):
 def test_activations_are_kept_where_they_fit(size, place, free):
     needs = Needs(working=900_000, activations=1000, disk=0)
     free(size)
-    assert streaming._place("auto", torch.device("cpu"), needs) == place
+    assert memory.activations_device("auto", torch.device("cpu"), needs) == place
 
 
 def test_a_model_its_copy_and_activations_fit_in_memory_or_not(finished, free):
     size = load_model(finished / "dense").get_memory_footprint()
-    enough = int(2 * size / streaming.FREE_SHARE)
+    enough = int(2 * size / memory.FREE_SHARE)
     for available, dtype, fits in [(enough + 2, None, True), (enough, None, False), (enough, torch.bfloat16, True)]:
         free(available)
         assert fits_in_memory(finished / "dense", dtype=dtype, device="cpu") == fits
     free(enough + 2)
     assert not fits_in_memory(finished / "dense", device="cpu", tokens=1)
-    free(enough + 2 + int(1000 * 48 * 4 / streaming.FREE_SHARE))
+    free(enough + 2 + int(1000 * 48 * 4 / memory.FREE_SHARE))
     assert fits_in_memory(finished / "dense", device="cpu", tokens=1000)
     assert fits_in_memory("model.gguf", device="cpu")
 
@@ -495,7 +496,7 @@ def test_a_model_for_a_gpu_is_loaded_to_host_memory_first(finished, free, monkey
 def test_a_container_may_use_less_than_is_free(limit, expected, free, monkeypatch):
     free(1000)
     files = {"max": limit, "current": "700", "stat": "anon 400\ninactive_file 200\nactive_file 100"}
-    streaming.CGROUP.mkdir()
+    memory.CGROUP.mkdir()
     for name, content in files.items():
-        (streaming.CGROUP / f"memory.{name}").write_text(f"{content}\n")
-    assert streaming._free(torch.device("cpu")) == expected
+        (memory.CGROUP / f"memory.{name}").write_text(f"{content}\n")
+    assert memory.free_memory(torch.device("cpu")) == expected

@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from slicegpt_fast.memory import rows
+from slicegpt_fast.kernels.operands import rows
 
 from .launch import Gpu, fits_tma, gpu_of, launch, vector_width
 from .matmul import SIZES, load_tile

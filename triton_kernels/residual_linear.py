@@ -34,9 +34,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from slicegpt_fast.counters import counters
-from slicegpt_fast.memory import rows, vector
-from slicegpt_fast.tuned import DECODE_ROWS
+from slicegpt_fast.kernels.counters import counters
+from slicegpt_fast.kernels.operands import rows, vector
+from slicegpt_fast.kernels.regimes import DECODE_ROWS
 
 from .launch import arrives_last, fits_tma, gpu_of, launch, vector_width
 from .matmul import SIZES, add_in_order, multiply, store_tile, tile_position

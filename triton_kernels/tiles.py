@@ -15,7 +15,7 @@ For Llama-2-7B's residual stream (n = d, K = 4096 + d) on 132 SMs the model take
 
 and at least 0.94 for QKV and gate/up. Triton's blocks are powers of two: at M=2048, d=2872 one of 192 would fill 0.91.
 
-Measured choices are those of `slicegpt-fast tune` (``slicegpt_fast.tuned``). Nothing is ever timed during a call.
+Measured choices are those of `slicegpt-fast tune` (``kernels/measured.py``). Nothing is ever timed during a call.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from functools import lru_cache
 
 import torch
 
-from slicegpt_fast import tuned
-from slicegpt_fast.tuned import DECODE_ROWS
+from slicegpt_fast.kernels import measured
+from slicegpt_fast.kernels.regimes import DECODE_ROWS
 
 from .launch import Gpu
 
@@ -131,6 +131,6 @@ def choose_tile(
 ) -> Tile:
     """The measured tile for this shape where there is one, else the first for decode, else the wave model's choice."""
     allowed = tiles_for(gpu, dtype, m, aligned, epilogue, bias)
-    measured = tuned.lookup(gpu.name, op, tuned.bucket(dtype, (m, n, k), epilogue))
-    best = [] if measured is None else [tile for tile in allowed if asdict(tile) == measured.tile]
+    found = measured.lookup(gpu.name, op, measured.bucket(dtype, (m, n, k), epilogue))
+    best = [] if found is None else [tile for tile in allowed if asdict(tile) == found.tile]
     return best[0] if best else allowed[0] if m <= DECODE_ROWS else min(allowed, key=lambda t: clocks(gpu, t, m, n, k))

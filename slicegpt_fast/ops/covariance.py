@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slicegpt_fast.ops import cpu, cuda
-from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, require, triton_refuses
+from slicegpt_fast.ops.backends import cpu, cuda, triton
+from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, require
 
 ROWS_PER_STEP = 4096  # bounds the fp64 copy of x
 
@@ -95,5 +95,5 @@ OP = Op(
     fake=lambda acc, x, row_scale, mask: None,
 )
 OP.add_backend("cpu", cpu.covariance_, cpu.refuses)
-OP.add_backend("triton", _triton, triton_refuses)
+OP.add_backend("triton", _triton, triton.refuses)
 OP.add_backend("cuda", _cuda, cuda.hopper_refuses)

@@ -3,7 +3,7 @@
 The backend of a call is the first of: its ``backend`` argument, the innermost ``use_backend`` block, the environment
 variable ``SLICEGPT_FAST_BACKEND``, ``"auto"``. ``auto`` takes the row of the table AUTO that fits. On a CPU the row
 names a kernel. On a GPU it names candidates: `slicegpt-fast tune` measures them and the reference shape by shape, the
-fastest runs, and what has not been measured runs on the reference. ``slicegpt_fast.tuned`` keeps the measurements.
+fastest runs, and what has not been measured runs on the reference. ``kernels/measured.py`` keeps the measurements.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from slicegpt_fast import tuned
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.tuned import DECODE_ROWS
+from slicegpt_fast.kernels import measured
+from slicegpt_fast.kernels.regimes import DECODE_ROWS
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SLICEGPT_FAST_BACKEND"
@@ -230,30 +229,13 @@ def _metadata(x: Any) -> Any:
     return type(x) if isinstance(x, Tensor) else x
 
 
-def triton_refuses(request: Request) -> str | None:
-    """Why the Triton kernels cannot run ``request``, or None."""
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    from slicegpt_fast.triton_kernels.launch import KERNEL_DTYPES, interpreting
-
-    if request.device.type != "cuda" and not interpreting():
-        return f"it runs on CUDA devices, not on {request.device.type}"
-    if request.device.type == "cuda" and request.capability < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    if request.dtype not in KERNEL_DTYPES:
-        return f"it has no {request.dtype} kernel"
-    if request.dtype == torch.float32 and request.capability >= (10, 0):
-        return "on this GPU Triton rounds fp32 operands to tf32"
-    return None
-
-
 def _fastest(request: Request, able: list[str]) -> str:
     """The backend that was measured to be the fastest of ``able``; where the reference was not measured, that."""
-    device = tuned.gpu_name(request.device)
-    measured = tuned.lookup(device, request.op, tuned.bucket(request.dtype, request.shape, request.epilogue))
-    if measured is None or "reference" not in measured.us:
+    device = measured.gpu_name(request.device)
+    found = measured.lookup(device, request.op, measured.bucket(request.dtype, request.shape, request.epilogue))
+    if found is None or "reference" not in found.us:
         return "reference"
-    return min((name for name in able if name in measured.us), key=measured.us.__getitem__)
+    return min((name for name in able if name in found.us), key=found.us.__getitem__)
 
 
 def require(condition: bool, message: str) -> None:
@@ -305,7 +287,7 @@ def _tuned_here(rule: Rule) -> str:
     """What is measured on this machine's GPU of the calls that ``rule`` is for."""
     if not torch.cuda.is_available():
         return "reference: there is no CUDA device here"
-    keys = tuned.buckets(tuned.gpu_name(torch.device("cuda", torch.cuda.current_device())), rule.op)
-    rows = [most for most in tuned.BUCKETS if regime_of(rule.op, most) == rule.regime]
+    keys = measured.buckets(measured.gpu_name(torch.device("cuda", torch.cuda.current_device())), rule.op)
+    rows = [most for most in measured.BUCKETS if regime_of(rule.op, most) == rule.regime]
     count = sum(f" M<={most} " in key for key in keys for most in rows)
     return f"measured at {count} shapes, reference at all others" if count else "reference until `slicegpt-fast tune`"

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicegpt_fast.ops import cpu, cuda
-from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, regime_of, require, triton_refuses
+from slicegpt_fast.ops.backends import cpu, cuda, triton
+from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, regime_of, require
 
 ACTIVATIONS = {
     None: lambda y: y,
@@ -160,5 +160,5 @@ OP = Op(
     fake=fake,
 )
 OP.add_backend("cpu", cpu.norm_linear, cpu.refuses)
-OP.add_backend("triton", _triton, triton_refuses)
+OP.add_backend("triton", _triton, triton.refuses)
 OP.add_backend("cuda", _cuda, cuda.linear_refuses)

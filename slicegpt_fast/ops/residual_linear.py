@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicegpt_fast.ops import cpu, cuda
-from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, regime_of, require, triton_refuses
+from slicegpt_fast.ops.backends import cpu, cuda, triton
+from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, regime_of, require
 
 
 def residual_linear(
@@ -132,5 +132,5 @@ OP = Op(
     fake=fake,
 )
 OP.add_backend("cpu", cpu.residual_linear, cpu.refuses)
-OP.add_backend("triton", _triton, triton_refuses)
+OP.add_backend("triton", _triton, triton.refuses)
 OP.add_backend("cuda", _cuda, cuda.linear_refuses)

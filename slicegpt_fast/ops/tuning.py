@@ -1,4 +1,4 @@
-"""Measuring what serves each shape on this machine's GPU, for the user's tuning table (``slicegpt_fast.tuned``).
+"""Measuring what serves each shape on this machine's GPU, for the user's tuning table (``kernels/measured.py``).
 
 A kernel is timed only after its result was held against the reference: what is wrong on this GPU is never chosen.
 """
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slicegpt_fast import tuned
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.kernels import measured
 from slicegpt_fast.ops.dispatch import OPS, Request, regime_of
 
 TOLERANCE = 0.02  # of a result's norm: far above what 16-bit rounding does to it
@@ -92,8 +92,10 @@ def tune(shapes: Iterable[Shape], dtype: torch.dtype) -> Iterator[Measured]:
             if times:
                 best = min(times, key=times.__getitem__)
                 us[name], tile = round(times[best], 2), best or tile
-        entry = tuned.Measured(us, None if tile is None else asdict(tile))
-        tuned.record(tuned.gpu_name(device), shape.op, tuned.bucket(dtype, request.shape, shape.epilogue), entry)
+        entry = measured.Measured(us, None if tile is None else asdict(tile))
+        measured.record(
+            measured.gpu_name(device), shape.op, measured.bucket(dtype, request.shape, shape.epilogue), entry
+        )
         op.forget()
         choose_tile.cache_clear()
         yield Measured(shape, dict(sorted(us.items(), key=lambda item: item[1])))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from slicegpt_fast.kernels.regimes import DECODE_ROWS
 from slicegpt_fast.ops.norm_linear import norm_linear
 from slicegpt_fast.patching.layers import Forward, NotFusable, Requests, infers, is_plain, normalised, requests
-from slicegpt_fast.tuned import DECODE_ROWS
 
 
 class FusedHead:

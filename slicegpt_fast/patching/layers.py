@@ -39,7 +39,7 @@ from slicegpt_fast.ops.residual_linear import residual_linear
 from slicegpt_fast.patching.packing import PackedWeight
 from slicegpt_fast.slicing.layers import (
     AlignedShortcut,
-    WeightlessRMSNorm,
+    WeightlessNorm,
     norm_eps,
     run_sublayer,
     shortcut_name,
@@ -144,7 +144,7 @@ class FusedBranch:
         if bias is not None and self.unscaled:
             bias = bias[: -self.unscaled]
         norm = (self.eps, self.full_width, sumsq)
-        if not isinstance(self.norm, WeightlessRMSNorm):
+        if not isinstance(self.norm, WeightlessNorm):
             rows = F.rms_norm(rows, rows.shape[1:], cast(Tensor, self.norm.weight), self.eps)
             norm = normalised(rows)
         y = norm_linear(rows, weight, bias, *norm, self.activation, self.unscaled, backend=self.backend)
@@ -392,7 +392,7 @@ def normalised(x: Tensor) -> tuple[float, int, Tensor]:
 
 def _norm(norm: nn.Module) -> tuple[float, int]:
     """A norm's eps, and the width it divides by."""
-    if isinstance(norm, WeightlessRMSNorm):
+    if isinstance(norm, WeightlessNorm):
         return norm.eps, norm.full_width
     if "RMSNorm" in type(norm).__name__:
         return norm_eps(norm), cast(Tensor, norm.weight).shape[0]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from slicegpt_fast.errors import InputError
+from slicegpt_fast.errors import InputError, check_choice
 from slicegpt_fast.slicing.bases import Bases, align, find_bases, refit_readers
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
 from slicegpt_fast.slicing.plan import (
@@ -15,13 +15,12 @@ from slicegpt_fast.slicing.plan import (
     Signal,
     SlicePlan,
     block_parameters,
-    check_choice,
     fit_widths,
     make_plan,
 )
 from slicegpt_fast.slicing.rotation import apply_bases
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
-from slicegpt_fast.slicing.stream import Batch
+from slicegpt_fast.slicing.walk import Batch
 
 __all__ = [
     "Bases",

@@ -14,7 +14,7 @@ IN_FEATURES = ("in_features", "nx", "hidden_dim")  # what nn.Linear, Conv1D, rou
 OUT_FEATURES = ("out_features", "nf")
 
 
-class WeightlessRMSNorm(nn.Module):
+class WeightlessNorm(nn.Module):
     """``norm(h) = h / sqrt(sum(h^2) / D + eps)`` over the kept width d <= D; its weight is folded into the readers.
 
     The divisor is the full width D: deleted directions count as zeros, so a rotated stream of any width is scaled as
@@ -149,7 +149,7 @@ def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
             for writer in weights(layer, branch.writers):
                 _narrow_writer_(writer, following)
         for path, norm in norms.items():
-            layer.set_submodule(path, WeightlessRMSNorm(plan.full_width, norm_eps(norm)))
+            layer.set_submodule(path, WeightlessNorm(plan.full_width, norm_eps(norm)))
         if plan.has_shortcut(site):
             rank, factory = plan.rank(site), {"device": "meta", "dtype": writer.matrix.dtype}
             shortcut: nn.Module = nn.Linear(width, following, bias=False, **factory)
@@ -159,7 +159,7 @@ def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
             layer.__class__ = with_shortcuts(type(layer), architecture)  # type: ignore[arg-type]
     norm = at(model, architecture.final_norm)
     _narrow_reader_(Weight(model.get_output_embeddings()), norm, plan.widths[-1])
-    model.set_submodule(architecture.final_norm, WeightlessRMSNorm(plan.full_width, norm_eps(norm)))
+    model.set_submodule(architecture.final_norm, WeightlessNorm(plan.full_width, norm_eps(norm)))
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
 

@@ -8,21 +8,20 @@ product of the two bases.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Architecture, architecture_of, at, weights
-from slicegpt_fast.errors import InputError
+from slicegpt_fast.errors import InputError, check_choice
+from slicegpt_fast.kernels.regimes import TILE
 
 Basis = Literal["per-norm", "shared"] | int
 Signal = Literal["raw", "normalized"]
 Shortcut = Literal["dense", "aligned"]
 Schedule = Literal["uniform", "variance"]
-
-TILE = {"cuda": 64, "cpu": 16}  # round_to="auto": the K step of a tensor-core tile, an AVX-512 register of fp32
 
 
 @dataclass(frozen=True)
@@ -281,12 +280,6 @@ def _budget(model: PreTrainedModel, target_params: float) -> float:
     if not 0 < target_params <= 1:
         raise InputError(f"target_params must be above 0 and at most 1, not {target_params}.")
     return target_params * block_parameters(model)
-
-
-def check_choice(name: str, value: str, choices: object) -> None:
-    """Raise InputError unless ``value`` is one of a Literal's ``choices``."""
-    if value not in get_args(choices):
-        raise InputError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, not {value!r}.")
 
 
 def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None:

@@ -18,7 +18,7 @@ import pybind11
 import pytest
 import torch
 
-from slicegpt_fast.ops import cuda
+from slicegpt_fast.ops.backends import cuda
 from slicegpt_fast.ops.dispatch import OPS, Backend, Request
 
 HERE = Path(__file__).parent

@@ -10,9 +10,9 @@ from itertools import product
 from typing import Any
 
 import torch
+from compile_ahead import GPUS, Compiled, compile_calls
 
 from slicegpt_fast.triton_kernels import covariance, norm_linear, residual_linear, tiles
-from slicegpt_fast.triton_kernels.compile_ahead import GPUS, Compiled, compile_calls
 from slicegpt_fast.triton_kernels.launch import Gpu
 
 # The compiler may trade a few bytes of an fp32 kernel's registers for a full step of occupancy.

@@ -40,14 +40,14 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder in place of the user's, for the tuning table."""
-    from slicegpt_fast import tuned
+    from slicegpt_fast.kernels import measured
     from slicegpt_fast.triton_kernels import tiles
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for clear in (tuned._tables.cache_clear, tiles.choose_tile.cache_clear):
+    for clear in (measured._tables.cache_clear, tiles.choose_tile.cache_clear):
         clear()
     yield tmp_path
-    for clear in (tuned._tables.cache_clear, tiles.choose_tile.cache_clear):
+    for clear in (measured._tables.cache_clear, tiles.choose_tile.cache_clear):
         clear()
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from slicegpt_fast.counters import _Counters, counters
+from slicegpt_fast.kernels.counters import _Counters, counters
 
 CUDA = torch.device("cuda", 0)
 

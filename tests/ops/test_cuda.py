@@ -10,9 +10,11 @@ import torch
 from emulator.emulate import emulating
 from ops.accuracy import assert_as_good_as_torch, device_of, double, random
 
-from slicegpt_fast import _C, native, tuned
-from slicegpt_fast.counters import counters
-from slicegpt_fast.ops import cuda, norm_linear, residual_linear
+from slicegpt_fast import _C
+from slicegpt_fast.kernels import measured, native
+from slicegpt_fast.kernels.counters import counters
+from slicegpt_fast.ops import norm_linear, residual_linear
+from slicegpt_fast.ops.backends import cuda
 from slicegpt_fast.ops.dispatch import AUTO, OPS, Op, Request
 from slicegpt_fast.ops.norm_linear import ACTIVATIONS
 from slicegpt_fast.ops.norm_linear import reference as norm_reference
@@ -27,7 +29,7 @@ def test_auto_takes_nothing_unmeasured(cache, monkeypatch):
     """Nor does the table that is shipped hold anything until a GPU was measured."""
     monkeypatch.setattr(Request, "capability", property(lambda self: (9, 0)))
     monkeypatch.setattr(Op, "refusal", lambda self, backend, request: None)
-    monkeypatch.setattr(tuned, "gpu_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(measured, "gpu_name", lambda device: "NVIDIA H200")
     rules = [rule for rule in AUTO if "cuda" in rule.backends]
     assert rules
     for rule in rules:

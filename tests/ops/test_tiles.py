@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from slicegpt_fast import tuned
+from slicegpt_fast.kernels import measured
 from slicegpt_fast.triton_kernels import covariance, tiles
 from slicegpt_fast.triton_kernels.launch import Gpu
 from slicegpt_fast.triton_kernels.tiles import Tile
@@ -63,8 +63,8 @@ def test_covariance_splits_are_short_enough(N, D):
 
 
 def record(tile):
-    measured = tuned.Measured({"reference": 90.0, "triton": 100.0}, asdict(tile))
-    tuned.record(H200.name, "norm_linear", tuned.bucket(BF16, (4096, 4096, 2872), None), measured)
+    entry = measured.Measured({"reference": 90.0, "triton": 100.0}, asdict(tile))
+    measured.record(H200.name, "norm_linear", measured.bucket(BF16, (4096, 4096, 2872), None), entry)
     tiles.choose_tile.cache_clear()
 
 

@@ -5,14 +5,14 @@ from functools import partial
 
 import pytest
 import torch
+from compile_ahead import GPUS
 
-from slicegpt_fast import tuned
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.kernels import measured
 from slicegpt_fast.ops import dispatch, kernel_table, norm_linear, tuning
 from slicegpt_fast.ops.dispatch import OPS, Request
 from slicegpt_fast.ops.tuning import Shape, block_shapes, tune
 from slicegpt_fast.triton_kernels import tiles
-from slicegpt_fast.triton_kernels.compile_ahead import GPUS
 from slicegpt_fast.triton_kernels.launch import INTERPRETER
 
 CUDA = torch.device("cuda", 0)
@@ -64,7 +64,7 @@ def test_every_backend_and_tile_is_measured(cache, clock):
         arguments = ran[0] if shape.op == "covariance_" else ran[0][:-1]  # the last is the tile
         request = OPS[shape.op].request(*arguments)
         assert (request.op, *request.shape, request.epilogue) == shape
-        entry = tuned.lookup("cpu", shape.op, tuned.bucket(HALF, request.shape, request.epilogue))
+        entry = measured.lookup("cpu", shape.op, measured.bucket(HALF, request.shape, request.epilogue))
         assert entry.us == times
         if shape.op != "covariance_":
             aligned = shape.k % 8 == 0 and (shape.op == "norm_linear" or shape.n % 8 == 0)
@@ -106,7 +106,7 @@ def test_no_product_of_fp16_operands_overflows(op):
 def hopper(monkeypatch):
     """A GPU to choose for, on which every backend can run everything."""
     monkeypatch.setattr(Request, "capability", property(lambda self: (9, 0)))
-    monkeypatch.setattr(tuned, "gpu_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(measured, "gpu_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(dispatch.Op, "refusal", lambda self, backend, request: None)
 
 
@@ -115,8 +115,8 @@ def request(op="norm_linear", m=4096, epilogue=None):
 
 
 def record(asked, tile=None, **us):
-    bucket = tuned.bucket(asked.dtype, asked.shape, asked.epilogue)
-    tuned.record("NVIDIA H200", asked.op, bucket, tuned.Measured(us, tile))
+    bucket = measured.bucket(asked.dtype, asked.shape, asked.epilogue)
+    measured.record("NVIDIA H200", asked.op, bucket, measured.Measured(us, tile))
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -148,10 +148,10 @@ def test_a_measurement_is_of_one_epilogue_and_one_bucket_of_rows(cache, hopper):
 
 def test_rows_that_share_a_measurement():
     groups = [(1,), (2, 8), (9, 16), (17, 32), (4097, 8192, 8193, 10**6)]
-    keys = [{tuned.bucket(HALF, (m, 8, 8), None) for m in group} for group in groups]
+    keys = [{measured.bucket(HALF, (m, 8, 8), None) for m in group} for group in groups]
     assert [len(same) for same in keys] == [1] * len(groups)
     assert len(set.union(*keys)) == len(groups)
-    assert len(tuned.BUCKETS) == len({tuned.bucket(HALF, (m, 8, 8), None) for m in range(1, 9000)})
+    assert len(measured.BUCKETS) == len({measured.bucket(HALF, (m, 8, 8), None) for m in range(1, 9000)})
 
 
 def test_what_was_measured_but_cannot_run_is_passed_over(cache, hopper, monkeypatch):
@@ -174,9 +174,9 @@ def test_what_was_measured_but_cannot_run_is_passed_over(cache, hopper, monkeypa
 )
 @pytest.mark.filterwarnings("ignore:.* is no table of measurements")
 def test_old_and_foreign_tables_count_as_unmeasured(table, cache, hopper):
-    key = tuned.bucket(torch.bfloat16, (4096, 4096, 2872), None)
-    tuned.user_table().parent.mkdir()
-    tuned.user_table().write_text(table.replace("KEY", key))
+    key = measured.bucket(torch.bfloat16, (4096, 4096, 2872), None)
+    measured.user_table().parent.mkdir()
+    measured.user_table().write_text(table.replace("KEY", key))
     assert OPS["norm_linear"].choose("auto", request()) == "reference"
     tile = tiles.choose_tile(GPUS["sm_90"], "norm_linear", torch.bfloat16, 4096, 4096, 2872, True, None, False)
     assert tile in tiles.TILES[9]
@@ -186,8 +186,8 @@ def test_old_and_foreign_tables_count_as_unmeasured(table, cache, hopper):
 
 def test_records_add_up(cache):
     for n in (8, 16):
-        tuned.record("NVIDIA H200", "norm_linear", tuned.bucket(HALF, (32, n, 8), None), tuned.Measured({}))
-    assert len(json.loads(tuned.user_table().read_text())["NVIDIA H200"]["norm_linear"]) == 2
+        measured.record("NVIDIA H200", "norm_linear", measured.bucket(HALF, (32, n, 8), None), measured.Measured({}))
+    assert len(json.loads(measured.user_table().read_text())["NVIDIA H200"]["norm_linear"]) == 2
     assert [path.name for path in (cache / "slicegpt-fast").iterdir()] == ["tuned.json"]
 
 

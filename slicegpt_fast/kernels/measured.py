@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-DECODE_ROWS = 16  # up to this many rows a matmul is bound by streaming its weight
 # A call of M rows uses the measurement of the smallest of these that is at least M; more rows use the last one's.
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from slicegpt_fast import _C
-from slicegpt_fast.counters import counters
-from slicegpt_fast.memory import address, rows, rows_at, vector
-from slicegpt_fast.native import ACTIVATIONS, DTYPES, build_info
+from slicegpt_fast.kernels.counters import counters
+from slicegpt_fast.kernels.native import ACTIVATIONS, DTYPES, build_info
+from slicegpt_fast.kernels.operands import address, rows, rows_at, vector
+from slicegpt_fast.kernels.regimes import DECODE_ROWS
 from slicegpt_fast.ops.dispatch import HALF, Request
-from slicegpt_fast.tuned import DECODE_ROWS
 
 PREPARED_TOKENS = 16384  # bounds the copies of x that a row scale, a mask or a misaligned x calls for
 

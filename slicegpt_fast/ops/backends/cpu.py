@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from slicegpt_fast import _C
-from slicegpt_fast.memory import address, matrix_at, rows, rows_at, vector
-from slicegpt_fast.native import ACTIVATIONS, DTYPES
+from slicegpt_fast.kernels.native import ACTIVATIONS, DTYPES
+from slicegpt_fast.kernels.operands import address, matrix_at, rows, rows_at, vector
 from slicegpt_fast.ops.dispatch import Request
 
 STREAMED_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: math.inf}  # with more, torch's matmul is faster

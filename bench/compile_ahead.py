@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import covariance, norm_linear, residual_linear
-from .launch import Gpu
+from slicegpt_fast.triton_kernels import covariance, norm_linear, residual_linear
+from slicegpt_fast.triton_kernels.launch import Gpu
 
 GPUS = {
     "sm_80": Gpu("NVIDIA A100", (8, 0), 108, 163 * 1024),

@@ -11,8 +11,9 @@ from transformers import BertConfig
 
 from slicegpt_fast import InputError, save_model, slice_model
 from slicegpt_fast.evaluation import flops_per_token, stored_parameters
-from slicegpt_fast.report import Row, comparison, decimal, describe, plot_spectra, size_notes, size_rows
+from slicegpt_fast.plots import plot_spectra
 from slicegpt_fast.slicing import block_parameters, fit_bases
+from slicegpt_fast.tables import Row, comparison, decimal, describe, size_notes, size_rows
 
 
 @pytest.mark.parametrize(

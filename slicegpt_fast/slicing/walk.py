@@ -1,7 +1,7 @@
 """Calibration tokens on their way through the dense model, one norm site at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -79,18 +79,6 @@ def visit(model: PreTrainedModel, storage: Storage, description: str, *, progres
                     bar.update(stop.site - bar.n)
                     yield stop
                     bar.update()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside, each module's own mode after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def enter(model: PreTrainedModel, calibration: Iterable[Batch], storage: Storage, *, at_least: int) -> Stream:

@@ -9,17 +9,15 @@ import fcntl
 import hashlib
 import inspect
 import json
-import math
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,18 +29,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from slicegpt_fast.architectures import architecture_of, at
 from slicegpt_fast.checkpoint import check_space, check_writable, checkpoint_folder, from_pretrained
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.ops.covariance import ROWS_PER_STEP
-from slicegpt_fast.slicing import Bases, SlicePlan, first_plan, fit_bases, slice_model
-from slicegpt_fast.slicing.plan import TILE, check_choice
-from slicegpt_fast.slicing.rotation import outline, parts, rotations
-from slicegpt_fast.slicing.shards import INDEX, Shards, empty_model
-from slicegpt_fast.slicing.storage import FolderStorage, write_json
-from slicegpt_fast.slicing.stream import Batch, checked
-
-Activations = Literal["auto", "device", "memory", "disk"]
-OVERHEAD = 3 * 2**23  # the model's modules without weights, and what libraries allocate once
-CGROUP = Path("/sys/fs/cgroup")
-FREE_SHARE = 0.9  # of free memory that activations, or a model and its sliced copy, may fill
+from slicegpt_fast.kernels.regimes import TILE
+from slicegpt_fast.slicing import Bases, first_plan, fit_bases, slice_model
+from slicegpt_fast.slicing.rotation import outline, rotations
+from slicegpt_fast.slicing.walk import Batch, checked
+from slicegpt_fast.streaming.memory import FREE_SHARE, Activations, activations_device, estimate, free_memory
+from slicegpt_fast.streaming.shards import INDEX, Shards, empty_model
+from slicegpt_fast.streaming.storage import FolderStorage, write_json
 
 
 def slice_checkpoint(
@@ -93,14 +86,14 @@ def slice_checkpoint(
     plan = first_plan(model, options["schedule"], plan_options)
     shards = Shards(checkpoint, model, device)
     needs = estimate(model, plan, batches, options)
-    place = _place(activations, device, needs)
+    kept_on = activations_device(activations, device, needs)
     work = work_folder(folder)
     if progress:
-        kept = f"on {place}" if place else "on disk"
+        kept = f"on {kept_on}" if kept_on else "on disk"
         tqdm.write(f"{source} {needs}; activations are kept {kept}, unfinished work in {work}", file=sys.stderr)
     settings = options | {"dtype": str(model.dtype), "device": device.type} | _identity(shards, batches)
     with _work_folder(work, settings, needs.disk):
-        storage = FolderStorage(work, shards, place)
+        storage = FolderStorage(work, shards, kept_on)
         bases = fit_bases(model, batches, storage=storage, progress=progress, **options)
         _write(shards, bases, work / "model", progress=progress)
         if tokenizer is not None:
@@ -136,7 +129,7 @@ def fits_in_memory(
     model = _empty_model(checkpoint_folder(source), dtype)
     size, activations = model.get_memory_footprint(), tokens * model.config.hidden_size * model.dtype.itemsize
     needed = {torch.device("cpu"): size} | {torch.device(device): 2 * size + activations}
-    return all(each < FREE_SHARE * _free(place) for place, each in needed.items())
+    return all(each < FREE_SHARE * free_memory(where) for where, each in needed.items())
 
 
 def _empty_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -240,79 +233,3 @@ def _identity(shards: Shards, batches: Sequence[Mapping[str, Tensor]]) -> dict[s
         for tensor in batch.values():
             text.update(str(tensor.shape).encode() + tensor.long().numpy().tobytes())
     return identity | {"calibration text": text.hexdigest()}
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What slicing a checkpoint takes, in bytes, estimated from above.
-
-    Attributes:
-        working: memory of the device at the worst moment, activations aside: one layer and what is made of it.
-        activations: of all calibration tokens between two layers.
-        disk: the work folder, with the sliced model in it.
-    """
-
-    working: int
-    activations: int
-    disk: int
-
-    def __str__(self) -> str:
-        working, activations, disk = (f"{size / 1e9:.2f} GB" for size in (self.working, self.activations, self.disk))
-        return f"needs up to {working} of memory, {activations} for activations and {disk} of disk"
-
-
-def estimate(
-    model: PreTrainedModel, plan: SlicePlan, batches: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]
-) -> Needs:
-    """What slicing ``model`` (its weights may be on the meta device) needs with the options of ``slice_model``."""
-    full, element = plan.full_width, model.dtype.itemsize
-    square = full * full * 8  # an fp64 matrix [D, D]
-    exact = 4 if element == 2 else 8  # what weights are rotated in
-    weights = [[each for path in paths for each in at(model, path).parameters()] for paths in parts(model)]
-    sizes = [[each.numel() for each in part] for part in weights]
-    longest = max((batch["input_ids"].numel() for batch in batches), default=0)
-    widest = max(max(each.shape[-2:]) for part in weights[1:-1] for each in part)
-    batch = longest * (8 * full + 4 * widest) * max(element, 4) + 2 * min(longest, ROWS_PER_STEP) * full * 8
-    calibrating = max(map(sum, sizes)) * element + 6 * square + batch
-    rotating = max(2 * sum(part) * element + 3 * max(part) * exact for part in sizes) + 4 * square
-
-    streams = 2 if options["refit"] else 1
-    activations = streams * sum(batch["input_ids"].numel() for batch in batches) * full * element
-    variance, aligned = options["schedule"] == "variance", plan.shortcut == "aligned"
-    kept = len(set(plan.groups)) * (1 + variance + aligned) + len(plan.groups) * options["refit"] * (1 + aligned)
-    sites = range(len(plan.groups) - 1)
-    stored = sum(map(sum, sizes)) + sum(plan.shortcut_parameters(site) for site in sites)
-    return Needs(
-        working=max(calibrating, rotating) + OVERHEAD,
-        activations=activations,
-        disk=2 * activations + (kept + 2) * square + stored * element,  # twice: of the last layer and the next
-    )
-
-
-def _place(activations: Activations, device: torch.device, needs: Needs) -> torch.device | None:
-    """Where the activations are kept, None for files: by default the first of the places that they fit into."""
-    host = torch.device("cpu")
-    check_choice("activations", activations, Activations)
-    if activations != "auto":
-        return {"device": device, "memory": host}.get(activations)
-    for place in dict.fromkeys((device, host)):
-        if needs.activations + (needs.working if place == device else 0) < FREE_SHARE * _free(place):
-            return place
-    return None
-
-
-def _free(device: torch.device) -> float:
-    """Bytes of the device's memory that are free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, _free_in_cgroup())
-
-
-def _free_in_cgroup() -> float:
-    """Bytes that are left of the limit of this process's container (cgroup v2), infinite where it has none."""
-    try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except OSError:
-        return math.inf
-    return math.inf if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])

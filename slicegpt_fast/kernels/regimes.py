@@ -1,0 +1,13 @@
+"""What decides how a kernel works: how many rows a call has, and what is done to the sums before they are written."""
+
+from typing import Literal
+
+# "decode": at most DECODE_ROWS rows, bound by streaming the weight; "prefill": more; "tall": covariance_, any number.
+Regime = Literal["decode", "prefill", "tall"]
+# An activation of norm_linear, the shortcut of residual_linear, or whether covariance_ scales its rows.
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu_gate"]
+Shortcut = Literal["add", "dense", "low rank"]
+Epilogue = Literal[Activation, Shortcut, "row scale"]
+
+DECODE_ROWS = 16  # up to this many rows a matmul is bound by streaming its weight
+TILE = {"cuda": 64, "cpu": 16}  # widths that fill a tile: the K step of a tensor-core tile, an AVX-512 register of fp32

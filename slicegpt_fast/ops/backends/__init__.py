@@ -1,0 +1,1 @@
+"""The backends of the ops, one file each: ``cpu``, ``cuda``, ``triton``."""

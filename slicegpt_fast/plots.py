@@ -1,0 +1,113 @@
+"""What a slice did and how fast it runs, as figures: PNG files drawn with matplotlib."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from slicegpt_fast.benchmark import Speeds
+from slicegpt_fast.slicing import Bases
+from slicegpt_fast.tables import kept_directions
+
+FLOOR = 1e-12  # a share of the variance below this is rounding
+
+
+def plot_speeds(title: str, speeds: Speeds, path: Path) -> None:
+    """Draw prefill and decode speed as a PNG: a bar per model under each harness, its floor as a line above it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
+    models = list(speeds.stored_parameters)
+    harnesses = list(dict.fromkeys(row.harness for row in speeds.rows))
+    width = 0.8 / len(models)
+    for axes, phase in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+        for number, name in enumerate(models):
+            rows = [row for row in speeds.rows if row.model == name]
+            places = np.arange(len(harnesses)) + width * (number - (len(models) - 1) / 2)
+            values = np.array([getattr(row, phase) for row in rows])
+            limits = values / np.array([getattr(row, f"{phase}_share") for row in rows])
+            bars = axes.bar(places, values, 0.9 * width, label=name)
+            axes.bar_label(bars, fmt="{:.0f}", fontsize=8)
+            label = "floor of the hardware" if number == len(models) - 1 else None
+            axes.hlines(limits, places - 0.45 * width, places + 0.45 * width, color="black", lw=1.5, label=label)
+        axes.set_xticks(range(len(harnesses)), harnesses)
+        axes.set_title(phase)
+        axes.set_ylabel("tokens per second")
+        axes.grid(alpha=0.3, lw=0.5, axis="y")
+        axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(models) + 1)
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def plot_spectra(bases: Bases, path: Path, *, sites: Tensor | None = None) -> None:
+    """Draw the spectra that were cut as a PNG: the variance of each direction, and what the leading ones explain.
+
+    Args:
+        bases: from ``find_bases``; their spectra are drawn, the cut at the plan's width is marked.
+        path: the file to write.
+        sites: [S, D] descending eigenvalues at every norm site, to be drawn beside the spectrum of a shared basis.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
+    variance, explained = figure.subplots(1, 2)
+    coloured = bases.spectra if sites is None else sites
+    depth = ScalarMappable(Normalize(0, max(len(coloured) - 1, 1)), "viridis")
+    colours = depth.to_rgba(np.arange(len(coloured)))
+    curves = [(spectrum, dict(color=colour, lw=0.8)) for spectrum, colour in zip(coloured, colours, strict=True)]
+    if sites is not None:
+        curves += [(spectrum, dict(color="black", lw=2, label="the shared basis")) for spectrum in bases.spectra]
+
+    plan, full = bases.plan, bases.plan.full_width
+    low, high = min(plan.widths[:-1]), max(plan.widths[:-1])
+    for spectrum, style in curves:
+        share = spectrum.double().cpu() / spectrum.double().sum().item()
+        variance.semilogy(range(1, full + 1), share.clamp(min=FLOOR), **style)
+        explained.semilogy(range(1, full), (1 - share.cumsum(0))[:-1].clamp(min=FLOOR), **style)  # the last leaves 0
+    for axes in (variance, explained):
+        axes.axvspan(low, full, color="crimson", alpha=0.08, lw=0)
+        axes.axvline(low, color="crimson", lw=1.5, ls="--", label=f"cut: {kept_directions(plan)} directions kept")
+        axes.axvline(high, color="crimson", lw=1.5, ls="--")
+        axes.set_xlim(1, full)
+        axes.set_xlabel("direction, by falling variance")
+        axes.grid(alpha=0.3, lw=0.5)
+    variance.set_ylabel("share of the site's variance")
+    variance.legend(loc="upper right")
+    explained.set_ylabel("variance explained by the leading directions")
+    explained.invert_yaxis()  # drawn as what is left over, so that the nines are far apart
+    explained.yaxis.set_major_locator(LogLocator())
+    explained.yaxis.set_major_formatter(FuncFormatter(lambda left, _: f"{100 * (1 - left):.8g} %"))
+    if len(coloured) > 1:
+        figure.colorbar(depth, ax=explained, label="norm sites, from the embedding to the head")
+    figure.suptitle(f"Covariance of the residual stream at the norms ({plan.basis} basis, {plan.signal} signal)")
+    figure.savefig(path)
+
+
+def plot_trade_off(plans: Mapping[str, Iterable[tuple[float, float]]], dense: float, path: Path) -> None:
+    """Draw perplexity against stored parameters as a PNG, a line per basis plan.
+
+    Args:
+        plans: name -> (stored parameters of the decoder blocks as a share of the dense ones, perplexity).
+        dense: perplexity of the dense model.
+        path: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for name, points in plans.items():
+        stored, perplexities = zip(*sorted(points), strict=True) if points else ((), ())
+        axes.semilogy(stored, perplexities, marker="o", lw=1.5, ms=4, label=name)
+    axes.axhline(dense, color="black", ls="--", lw=1, label=f"dense ({dense:.2f})")
+    axes.set_xlabel("stored parameters of the decoder blocks, as a share of the dense model's")
+    axes.set_ylabel("perplexity on held-out text")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, lw=0.5, which="both")
+    axes.legend()
+    figure.savefig(path)
