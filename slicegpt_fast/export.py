@@ -29,7 +29,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.checkpoint import check_writable, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing import slice_config_of
@@ -82,11 +82,11 @@ def export_plain(
 
 def _shared_width(model: PreTrainedModel) -> int:
     """The one width d of a model that can be exported; InputError for any other."""
-    architecture = architecture_of(model)
+    decoder = Decoder(model)
     sliced = slice_config_of(model)
     if sliced is None:
         raise InputError("the model is dense: save it with save_pretrained, or slice it before exporting.")
-    if architecture.centered:
+    if decoder.architecture.centered:
         raise InputError(
             f"{model.config.model_type} models have LayerNorms, which cannot express the weightless norm of a slice: "
             "only RMSNorm families can be exported."

@@ -47,7 +47,7 @@ class Trial:
 
 def plan_arguments(name: str, model: PreTrainedModel, target_params: float) -> dict[str, Any]:
     """The arguments of :func:`slicegpt_fast.slice_model` for a plan of :data:`PLANS` within a budget."""
-    arguments = PLANS[name] | {"target_params": target_params, "slice_head": architecture_of(model).keeps_width}
+    arguments = PLANS[name] | {"target_params": target_params, "slice_head": architecture_of(model.config).keeps_width}
     if arguments.pop("rank", False):
         arguments["shortcut_rank"] = model.config.hidden_size // RANK_SHARE
     return arguments

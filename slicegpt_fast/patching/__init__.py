@@ -14,7 +14,7 @@ from types import MethodType
 from torch import nn
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.dispatch import BACKENDS, OPS, asked_for
 from slicegpt_fast.patching.head import FusedHead
@@ -82,7 +82,7 @@ def patch_model(
         InputError: not such a model, an unsupported dtype, a layer split over devices, a backend that cannot run
             here, a pattern that fits nothing, or a model that was patched with other options.
     """
-    architecture = architecture_of(model)
+    decoder = Decoder(model)
     if backend not in BACKENDS:
         raise InputError(f"argument backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
     options = (backend, _patterns("include", include), _patterns("exclude", exclude))
@@ -95,23 +95,23 @@ def patch_model(
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise InputError(f"model has dtype {model.dtype}; the ops take {dtypes}: convert it with model.to().")
 
-    names = [f"{architecture.layers}.{index}.{sublayer.name}" for index, _, sublayer in architecture.sites(model)]
-    head = model.get_output_embeddings()
-    head_name = next(name for name, module in model.named_modules() if module is head)
+    names = [f"{site.path}.{sublayer.name}" for site, sublayer in decoder.sublayers()]
     for pattern in options[1] + options[2]:
-        if not any(fnmatchcase(name, pattern) for name in (*names, head_name)):
-            raise InputError(f"no part of the model is called {pattern!r}; the parts are {names[0]} ... {head_name}.")
+        if not any(fnmatchcase(name, pattern) for name in (*names, decoder.head_path)):
+            raise InputError(
+                f"no part of the model is called {pattern!r}; the parts are {names[0]} ... {decoder.head_path}."
+            )
 
     patch = Patch(options)
     layers: dict[int, FusedLayer] = {}
-    for name, (index, layer, sublayer) in zip(names, architecture.sites(model), strict=True):
-        _check_devices(f"{architecture.layers}.{index}", layer)
-        part = patch.parts[name] = _fused(name, options, partial(FusedSublayer, layer, sublayer))
+    for name, (site, sublayer) in zip(names, decoder.sublayers(), strict=True):
+        _check_devices(site.path, site.part)
+        part = patch.parts[name] = _fused(name, options, partial(FusedSublayer, site.part, sublayer))
         if isinstance(part, FusedSublayer):
-            if index not in layers:
-                layers[index] = FusedLayer(layer, architecture)
-            layers[index].sublayers[sublayer.name] = part
-    patch.parts[head_name] = _fused(head_name, options, partial(FusedHead, head))
+            if site.index not in layers:
+                layers[site.index] = FusedLayer(site.part, decoder.architecture)
+            layers[site.index].sublayers[sublayer.name] = part
+    patch.parts[decoder.head_path] = _fused(decoder.head_path, options, partial(FusedHead, decoder.head))
     patch.layers = list(layers.values())
 
     if not patch.layers:
@@ -161,11 +161,12 @@ def patch_report(model: PreTrainedModel) -> PatchReport:
 def op_requests(model: PreTrainedModel) -> Requests:
     """What the ops are asked for once ``model`` is patched; its weights may be absent (on the device "meta")."""
     found: Requests = []
-    for _, layer, sublayer in architecture_of(model).sites(model):
+    decoder = Decoder(model)
+    for site, sublayer in decoder.sublayers():
         with suppress(NotFusable):
-            found += FusedSublayer(layer, sublayer, "auto").requests()
+            found += FusedSublayer(site.part, sublayer, "auto").requests()
     with suppress(NotFusable):
-        found += FusedHead(model.get_output_embeddings(), "auto").requests()
+        found += FusedHead(decoder.head, "auto").requests()
     return found
 
 

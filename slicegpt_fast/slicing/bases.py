@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import architecture_of, at, evaluating
+from slicegpt_fast.architectures import Decoder, at, evaluating
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
 from slicegpt_fast.slicing.layers import norm_eps, normalise, rstd, run_branches
@@ -85,13 +85,14 @@ def find_bases(
     Raises:
         InputError: no or too few tokens, token ids beyond the vocabulary, or activations that are not finite.
     """
-    centered, full = architecture_of(model).centered, plan.full_width
+    decoder = Decoder(model)
+    centered, full = decoder.architecture.centered, plan.full_width
     each_its_own = len(set(plan.groups)) == len(plan.groups)
     spectra, matrices = storage.tensors("spectra"), storage.tensors("matrices")
     unfinished = storage.tensors("covariance")  # of the sites so far, where the next one shares their basis
     with evaluating(model):
-        stream = enter(model, calibration, storage, at_least=max(plan.widths))
-        for stop in visit(model, storage, "calibrating", progress=progress):
+        stream = enter(decoder, calibration, storage, at_least=max(plan.widths))
+        for site in visit(decoder, storage, "calibrating", progress=progress):
             if unfinished:
                 covariance = unfinished.pop()
             else:
@@ -101,28 +102,28 @@ def find_bases(
                 if centered:
                     state = stream.states[i] = _centred(state)
                 rows = state.flatten(0, 1)
-                scale = rstd(rows, full, norm_eps(stop.norm)).squeeze(1) if plan.signal == "normalized" else None
+                scale = rstd(rows, full, norm_eps(site.norm)).squeeze(1) if plan.signal == "normalized" else None
                 covariance_(covariance, rows, scale, mask)
             if not covariance.diagonal().isfinite().all():
                 raise InputError(
-                    f"the activations entering {stop.path} are not finite in {model.dtype}: check the weights, or load "
-                    "the model in a wider dtype."
+                    f"the activations entering {site.norm_path} are not finite in {model.dtype}: check the weights, or "
+                    "load the model in a wider dtype."
                 )
-            if stop.sublayer is None or plan.has_shortcut(stop.site):
+            if site.sublayer is None or plan.has_shortcut(site.number):
                 values, vectors = principal_components(covariance)
                 spectra.append(values)
-                matrices.append(vectors[:, : plan.widths[stop.site]].clone(memory_format=torch.contiguous_format))
-                deleted = vectors[:, plan.widths[stop.site] :].to(model.dtype)
+                matrices.append(vectors[:, : plan.widths[site.number]].clone(memory_format=torch.contiguous_format))
+                deleted = vectors[:, plan.widths[site.number] :].to(model.dtype)
             else:
                 unfinished.append(covariance)
-            if stop.layer is None or stop.sublayer is None:
+            if site.sublayer is None:
                 continue
             for i, arguments in enumerate(stream.layer_arguments):
                 state = stream.states[i]
                 if each_its_own:
                     state = state - state @ deleted @ deleted.T
-                normalised = normalise(stop.layer, stop.sublayer, state)
-                output, _ = run_branches(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
+                normalised = normalise(site.part, site.sublayer, state)
+                output, _ = run_branches(site.part, site.sublayer, normalised, **arguments[site.index])
                 stream.states[i] = state + output
     return Bases(plan, matrices, torch.stack(list(spectra)), stream.tokens)
 
@@ -148,15 +149,16 @@ def refit_readers(
 
     Args: as :func:`find_bases`, with the bases it returned for the same calibration.
     """
-    plan, centered, full = bases.plan, architecture_of(model).centered, bases.plan.full_width
+    decoder = Decoder(model)
+    plan, centered, full = bases.plan, decoder.architecture.centered, bases.plan.full_width
     readers, sliced = storage.tensors("readers"), storage.states("sliced")
     with evaluating(model):
-        stream = enter(model, calibration, storage, at_least=max(plan.widths))
+        stream = enter(decoder, calibration, storage, at_least=max(plan.widths))
         if not sliced:
             sliced.extend(stream.states)
-        for stop in visit(model, storage, "re-fitting", progress=progress):
-            basis = bases.basis(stop.site)
-            eps, factor = norm_eps(stop.norm), basis.to(model.dtype)
+        for site in visit(decoder, storage, "re-fitting", progress=progress):
+            basis = bases.basis(site.number)
+            eps, factor = norm_eps(site.norm), basis.to(model.dtype)
             gram = torch.zeros(len(basis.T), len(basis.T), dtype=torch.float64, device=basis.device)
             cross = torch.zeros(len(basis.T), full, dtype=torch.float64, device=basis.device)
             for i, mask in enumerate(stream.counted):
@@ -175,17 +177,17 @@ def refit_readers(
             gram.diagonal().add_(damping)
             fitted = torch.linalg.solve(gram, cross + damping * basis.T)
             readers.append(fitted.T.contiguous())
-            if stop.layer is None or stop.sublayer is None:
+            if site.sublayer is None:
                 continue
             fitted = fitted.to(model.dtype)
             for i, arguments in enumerate(stream.layer_arguments):
                 dense, narrow = stream.states[i], sliced[i]
-                normalised = normalise(stop.layer, stop.sublayer, dense)
-                output, _ = run_branches(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
+                normalised = normalise(site.part, site.sublayer, dense)
+                output, _ = run_branches(site.part, site.sublayer, normalised, **arguments[site.index])
                 stream.states[i] = dense + output
                 estimate = (narrow * rstd(narrow, full, eps)).to(model.dtype) @ fitted
-                normalised = {norm: _affine(at(stop.layer, norm), estimate) for norm in normalised}
-                output, _ = run_branches(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
+                normalised = {norm: _affine(at(site.part, norm), estimate) for norm in normalised}
+                output, _ = run_branches(site.part, site.sublayer, normalised, **arguments[site.index])
                 sliced[i] = narrow @ factor.T + output
     return replace(bases, readers=readers)
 

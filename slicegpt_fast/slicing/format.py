@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.layers import narrow_
@@ -94,7 +95,7 @@ class SliceQuantizer(HfQuantizer):
     ) -> None:
         assert isinstance(self.quantization_config, SliceConfig)
         plan = self.quantization_config.plan()
-        check_plan(plan, model)
+        check_plan(plan, Decoder(model))
         narrow_(model, plan)
         check_weights(model, checkpoint_files or [])
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Architecture, Branch, Sublayer, Weight, architecture_of, at, weights
+from slicegpt_fast.architectures import Architecture, Branch, Decoder, Sublayer, Weight, at, weights
 from slicegpt_fast.slicing.plan import SlicePlan
 
 IN_FEATURES = ("in_features", "nx", "hidden_dim")  # what nn.Linear, Conv1D, routers and experts call their sizes
@@ -114,12 +114,12 @@ forward_with_shortcuts.__name__ = "forward"  # by which pickle finds a bound met
 
 
 @cache
-def with_shortcuts(kind: type[nn.Module], architecture: Architecture) -> type[nn.Module]:
+def with_shortcuts(base: type[nn.Module], architecture: Architecture) -> type[nn.Module]:
     """The class of a family's decoder layers with shortcuts; its name stays, by which other libraries know it."""
-    if hasattr(kind, "architecture"):
-        return kind
+    if hasattr(base, "architecture"):
+        return base
     members = {"architecture": architecture, "forward": forward_with_shortcuts, "__reduce_ex__": reduce_with_shortcuts}
-    return type(kind.__name__, (kind,), members)
+    return type(base.__name__, (base,), members)
 
 
 def reduce_with_shortcuts(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -127,21 +127,20 @@ def reduce_with_shortcuts(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
     return new_with_shortcuts, (type(layer).__base__, layer.architecture), layer.__getstate__()
 
 
-def new_with_shortcuts(kind: type[nn.Module], architecture: Architecture) -> nn.Module:
+def new_with_shortcuts(base: type[nn.Module], architecture: Architecture) -> nn.Module:
     """An instance of :func:`with_shortcuts` without contents."""
-    made = with_shortcuts(kind, architecture)  # type: ignore[arg-type]
+    made = with_shortcuts(base, architecture)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
 def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
     """Give ``model`` the modules and shapes of ``plan``; every new parameter is on the meta device, to be filled."""
-    architecture = architecture_of(model)
-    for path in architecture.embeddings:
-        embeddings = at(model, path)
+    decoder = Decoder(model)
+    for embeddings in decoder.embeddings.values():
         embeddings.embedding_dim = plan.widths[0]
         Weight(embeddings).matrix = torch.empty(embeddings.num_embeddings, plan.widths[0], device="meta")
-    for site, (_, layer, sublayer) in enumerate(architecture.sites(model)):
-        width, following = plan.widths[site], plan.widths[site + 1]
+    for site, sublayer in decoder.sublayers():
+        layer, width, following = site.part, plan.widths[site.number], plan.widths[site.number + 1]
         norms = {branch.norm: at(layer, branch.norm) for branch in sublayer.branches}
         for branch in sublayer.branches:
             for reader in weights(layer, branch.readers):
@@ -150,16 +149,16 @@ def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
                 _narrow_writer_(writer, following)
         for path, norm in norms.items():
             layer.set_submodule(path, WeightlessNorm(plan.full_width, norm_eps(norm)))
-        if plan.has_shortcut(site):
-            rank, factory = plan.rank(site), {"device": "meta", "dtype": writer.matrix.dtype}
+        if plan.has_shortcut(site.number):
+            rank, factory = plan.rank(site.number), {"device": "meta", "dtype": writer.matrix.dtype}
             shortcut: nn.Module = nn.Linear(width, following, bias=False, **factory)
             if rank is not None:
                 shortcut = AlignedShortcut(width, following, rank, **factory)
             layer.add_module(shortcut_name(sublayer), shortcut.requires_grad_(writer.matrix.requires_grad))
-            layer.__class__ = with_shortcuts(type(layer), architecture)  # type: ignore[arg-type]
-    norm = at(model, architecture.final_norm)
-    _narrow_reader_(Weight(model.get_output_embeddings()), norm, plan.widths[-1])
-    model.set_submodule(architecture.final_norm, WeightlessNorm(plan.full_width, norm_eps(norm)))
+            layer.__class__ = with_shortcuts(type(layer), decoder.architecture)  # type: ignore[arg-type]
+    final = decoder.sites[-1]
+    _narrow_reader_(Weight(decoder.head), final.norm, plan.widths[-1])
+    model.set_submodule(final.path, WeightlessNorm(plan.full_width, norm_eps(final.norm)))
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
 

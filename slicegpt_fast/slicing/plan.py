@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Architecture, architecture_of, at, weights
+from slicegpt_fast.architectures import Decoder, at, weights
 from slicegpt_fast.errors import InputError, check_choice
 from slicegpt_fast.kernels.regimes import TILE
 
@@ -89,10 +89,9 @@ def make_plan(
         InputError: an argument is out of range, not exactly one of ``sparsity``, ``target_params`` and ``widths`` is
             given, or no size meets them.
     """
-    architecture = architecture_of(model)
-    _check_sliceable(model, architecture)
-    full = model.config.hidden_size
-    sites = sum(1 for _ in architecture.sites(model)) + 1
+    decoder = Decoder(model)
+    _check_sliceable(decoder)
+    full, sites = decoder.width, len(decoder.sites)
     step = _round_to(round_to, model)
     check_choice("signal", signal, Signal)
     check_choice("shortcut", shortcut, Shortcut)
@@ -109,7 +108,7 @@ def make_plan(
     groups = _groups(basis, sites, head_is_sliced)
 
     def plan(*sizes: int) -> SlicePlan:
-        if architecture.keeps_width and len(set(sizes)) > 1:
+        if decoder.architecture.keeps_width and len(set(sizes)) > 1:
             raise InputError(
                 f"the code of {model.config.model_type} models holds the stream to one width: use slice_head=True."
             )
@@ -120,7 +119,7 @@ def make_plan(
 
     if widths is not None:
         made = plan(*widths)
-        check_plan(made, model)
+        check_plan(made, decoder)
         return made
     if sparsity is not None:
         if not 0 <= sparsity < 1:
@@ -136,12 +135,12 @@ def make_plan(
         return uniform(width)
 
     assert target_params is not None
-    budget = _budget(model, target_params)
-    count = parameter_counter(model, architecture)
+    budget = _budget(decoder, target_params)
+    count = parameter_counter(decoder)
     plans = [uniform(width) for width in (*range(step, full, step), full)]
     fitting = [made for made in plans if count(made) <= budget]
     if not fitting:
-        smallest = count(plans[0]) / block_parameters(model)
+        smallest = count(plans[0]) / _block_parameters(decoder)
         raise InputError(
             f"target_params {target_params} cannot be met: the smallest slice (d={plans[0].widths[0]}) still stores "
             f"{smallest:.3f} of the decoder blocks' parameters."
@@ -170,16 +169,16 @@ def fit_widths(
     Raises:
         InputError: the code of the family wants one width, or no share of the variance meets the budget.
     """
-    architecture = architecture_of(model)
+    decoder = Decoder(model)
     full = plan.full_width
     explained = spectra.cumsum(1) / spectra.sum(1, keepdim=True)
     head_is_sliced = slice_head or plan.basis == "shared"
     step = _round_to(round_to, model)
-    if architecture.keeps_width:
+    if decoder.architecture.keeps_width:
         raise InputError(
             f"the code of {model.config.model_type} models holds the stream to one width: use schedule='uniform'."
         )
-    budget, count = _budget(model, target_params), parameter_counter(model, architecture)
+    budget, count = _budget(decoder, target_params), parameter_counter(decoder)
 
     def at_share(share: float) -> SlicePlan:
         needed = (explained < share).sum(1) + 1
@@ -198,20 +197,24 @@ def fit_widths(
 
 def block_parameters(model: PreTrainedModel) -> int:
     """Number of parameters stored in the decoder layers, shortcuts included, embeddings and head not."""
-    layers = at(model, architecture_of(model).layers)
-    return sum(parameter.numel() for parameter in layers.parameters())
+    return _block_parameters(Decoder(model))
 
 
-def parameter_counter(model: PreTrainedModel, architecture: Architecture) -> Callable[[SlicePlan], int]:
-    """Return a function that counts the decoder blocks' stored parameters after slicing the dense ``model`` by a plan.
+def _block_parameters(decoder: Decoder) -> int:
+    return sum(parameter.numel() for layer in decoder.layers for parameter in layer.parameters())
+
+
+def parameter_counter(decoder: Decoder) -> Callable[[SlicePlan], int]:
+    """Return a function that counts the decoder blocks' stored parameters after slicing a dense model by a plan.
 
     With r_s readers' rows and w_s writers' columns (one more for a bias) at site s, the blocks store
     ``fixed + sum_s r_s d_s + w_s d_{s+1} + shortcut_s``.
     """
-    full = model.config.hidden_size
+    full = decoder.width
     rows, columns = [], []
-    fixed = block_parameters(model)
-    for _, layer, sublayer in architecture.sites(model):
+    fixed = _block_parameters(decoder)
+    for site, sublayer in decoder.sublayers():
+        layer = site.part
         rows.append(0)
         columns.append(0)
         for branch in sublayer.branches:
@@ -235,10 +238,9 @@ def parameter_counter(model: PreTrainedModel, architecture: Architecture) -> Cal
     return count
 
 
-def check_plan(plan: SlicePlan, model: PreTrainedModel) -> None:
+def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
     """Raise InputError unless ``plan`` is one for a model of this depth and hidden size."""
-    sites = sum(1 for _ in architecture_of(model).sites(model)) + 1
-    full = model.config.hidden_size
+    sites, full = len(decoder.sites), decoder.width
     fits = (
         plan.full_width == full
         and len(plan.widths) == len(plan.groups) == sites
@@ -276,13 +278,14 @@ def _round_to(round_to: int | str, model: PreTrainedModel) -> int:
     return round_to
 
 
-def _budget(model: PreTrainedModel, target_params: float) -> float:
+def _budget(decoder: Decoder, target_params: float) -> float:
     if not 0 < target_params <= 1:
         raise InputError(f"target_params must be above 0 and at most 1, not {target_params}.")
-    return target_params * block_parameters(model)
+    return target_params * _block_parameters(decoder)
 
 
-def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None:
+def _check_sliceable(decoder: Decoder) -> None:
+    model = decoder.model
     block = getattr(model.config, "quantization_config", None)
     method = getattr(block, "quant_method", block.get("quant_method") if isinstance(block, dict) else None)
     if method == "slicegpt":
@@ -301,12 +304,12 @@ def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"{name} has dtype {parameter.dtype}: load the model in float32, bfloat16 or float16.")
-    for index, layer, sublayer in architecture.sites(model):
+    for site, sublayer in decoder.sublayers():
         for branch in sublayer.branches:
-            for weight in weights(layer, branch.readers + branch.writers):
+            for weight in weights(site.part, branch.readers + branch.writers):
                 if weight.name not in weight.owner._parameters:
-                    kind = type(weight.owner)
+                    found = type(weight.owner)
                     raise InputError(
-                        f"{architecture.layers}.{index}.{branch.modules[0]} holds a {kind.__module__}.{kind.__name__}, "
+                        f"{site.path}.{branch.modules[0]} holds a {found.__module__}.{found.__name__}, "
                         "not a plain linear layer: merge adapters before slicing."
                     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Weight, architecture_of, at, weights
+from slicegpt_fast.architectures import Decoder, Weight, at, weights
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.format import SliceConfig
 from slicegpt_fast.slicing.layers import narrow_, shortcut_name
@@ -28,36 +28,33 @@ def apply_bases(model: PreTrainedModel, bases: Bases, *, progress: bool = True) 
     Raises:
         InputError: the bases belong to a model of another size.
     """
-    sliced = outline(model, bases)
-    for _, rotate in tqdm(rotations(model, sliced, bases), desc="slicing", unit="part", disable=not progress):
+    dense = Decoder(model)
+    sliced = outline(dense, bases)
+    for _, rotate in tqdm(rotations(dense, sliced, bases), desc="slicing", unit="part", disable=not progress):
         rotate()
-    return sliced
+    return sliced.model
 
 
-def outline(model: PreTrainedModel, bases: Bases) -> PreTrainedModel:
-    """A copy of the dense ``model`` in the shape that ``bases`` give it, with all parameters on the meta device."""
-    check_plan(bases.plan, model)
+def outline(dense: Decoder, bases: Bases) -> Decoder:
+    """Return a copy of a dense model in the shape that ``bases`` give it, with all parameters on the meta device."""
+    check_plan(bases.plan, dense)
+    model = dense.model
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
     sliced = copy.deepcopy(model, empty)
     narrow_(sliced, bases.plan)
     sliced.config.quantization_config = SliceConfig.from_bases(bases)
-    return sliced
+    return Decoder(sliced)
 
 
-def parts(model: PreTrainedModel) -> list[tuple[str, ...]]:
-    """The parts that a model is rotated in, as paths of submodules: embeddings, each decoder layer, head."""
-    architecture = architecture_of(model)
-    layers = [(f"{architecture.layers}.{index}",) for index in range(len(at(model, architecture.layers)))]
-    head = next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
-    return [architecture.embeddings, *layers, (architecture.final_norm, head)]
+def parts(decoder: Decoder) -> list[tuple[str, ...]]:
+    """Return the parts that a model is rotated in, as paths of submodules: embeddings, each decoder layer, head."""
+    layers = [(decoder.layer_path(index),) for index in range(len(decoder.layers))]
+    return [tuple(decoder.embeddings), *layers, (decoder.sites[-1].path, decoder.head_path)]
 
 
-def rotations(
-    model: PreTrainedModel, sliced: PreTrainedModel, bases: Bases
-) -> list[tuple[tuple[str, ...], Callable[[], None]]]:
-    """The parts of a model, each with the call that fills it in the outline ``sliced``."""
-    architecture = architecture_of(model)
-    layers, head = at(model, architecture.layers), Weight(model.get_output_embeddings())
+def rotations(dense: Decoder, sliced: Decoder, bases: Bases) -> list[tuple[tuple[str, ...], Callable[[], None]]]:
+    """Return the parts of a model, each with the call that fills it in the outline ``sliced``."""
+    architecture = dense.architecture
 
     def writing(site: int) -> Tensor:
         basis = bases.basis(site)
@@ -65,33 +62,33 @@ def rotations(
 
     @torch.no_grad()
     def rotate_embeddings() -> None:
-        for path in architecture.embeddings:
-            table = _exact(at(model, path).weight)
-            Weight(at(sliced, path)).matrix = table @ writing(0).to(table)
+        for path, embeddings in dense.embeddings.items():
+            table = _exact(embeddings.weight)
+            Weight(sliced.embeddings[path]).matrix = table @ writing(0).to(table)
 
     @torch.no_grad()
     def rotate_layer(index: int) -> None:
-        dense, narrow = layers[index], at(sliced, architecture.layers)[index]
+        layer, narrow = dense.layers[index], sliced.layers[index]
         for site, sublayer in enumerate(architecture.sublayers, index * len(architecture.sublayers)):
             reader, writer = bases.reader(site), writing(site + 1)
             for branch in sublayer.branches:
-                norm = at(dense, branch.norm)
-                for source, target in zip(weights(dense, branch.readers), weights(narrow, branch.readers), strict=True):
+                norm = at(layer, branch.norm)
+                for source, target in zip(weights(layer, branch.readers), weights(narrow, branch.readers), strict=True):
                     _rotate_reader_(target, source, norm, reader)
-                for source, target in zip(weights(dense, branch.writers), weights(narrow, branch.writers), strict=True):
+                for source, target in zip(weights(layer, branch.writers), weights(narrow, branch.writers), strict=True):
                     _rotate_writer_(target, source, writer)
             if bases.plan.has_shortcut(site):
                 _fill_shortcut_(at(narrow, shortcut_name(sublayer)), bases.basis(site), bases.basis(site + 1))
-        _copy_rest_(narrow, dense)
+        _copy_rest_(narrow, layer)
 
     @torch.no_grad()
     def rotate_head() -> None:
-        target = Weight(sliced.get_output_embeddings())
-        _rotate_reader_(target, head, at(model, architecture.final_norm), bases.reader(len(bases.plan.groups) - 1))
-        _copy_rest_(target.owner, head.owner)
+        reader = bases.reader(dense.sites[-1].number)
+        _rotate_reader_(Weight(sliced.head), Weight(dense.head), dense.final_norm, reader)
+        _copy_rest_(sliced.head, dense.head)
 
-    layer_calls = [partial(rotate_layer, index) for index in range(len(layers))]
-    return list(zip(parts(model), [rotate_embeddings, *layer_calls, rotate_head], strict=True))
+    layer_calls = [partial(rotate_layer, index) for index in range(len(dense.layers))]
+    return list(zip(parts(dense), [rotate_embeddings, *layer_calls, rotate_head], strict=True))
 
 
 def _exact(weight: Tensor) -> Tensor:

@@ -8,11 +8,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Sublayer, architecture_of, at
+from slicegpt_fast.architectures import Decoder, Site
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.storage import Storage
 
@@ -38,61 +37,28 @@ class Stream:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class Stop:
-    """A norm site: the norm the stream enters next, and the sublayer behind it (none at the final norm).
-
-    Attributes:
-        site: counts the sites.
-        index: counts the decoder layers; the final norm comes after the last.
-        part: the path of the decoder layer, or of the final norm.
-        path: the path of the norm.
-    """
-
-    site: int
-    index: int
-    part: str
-    path: str
-    norm: nn.Module
-    layer: nn.Module | None = None
-    sublayer: Sublayer | None = None
-
-
-def stops(model: PreTrainedModel) -> list[Stop]:
-    """The norm sites of a model in the stream's order."""
-    architecture = architecture_of(model)
-    found = []
-    for site, (index, layer, sublayer) in enumerate(architecture.sites(model)):
-        part, norm = f"{architecture.layers}.{index}", sublayer.branches[0].norm
-        found.append(Stop(site, index, part, f"{part}.{norm}", at(layer, norm), layer, sublayer))
-    final = architecture.final_norm
-    return [*found, Stop(len(found), found[-1].index + 1, final, final, at(model, final))]
-
-
-def visit(model: PreTrainedModel, storage: Storage, description: str, *, progress: bool) -> Iterator[Stop]:
+def visit(decoder: Decoder, storage: Storage, description: str, *, progress: bool) -> Iterator[Site]:
     """Yield the norm sites in the stream's order that are left to visit, each while its layer is in memory."""
-    layers = [list(sites) for _, sites in groupby(stops(model), key=lambda stop: stop.index)]
+    layers = [list(sites) for _, sites in groupby(decoder.sites, key=lambda site: site.index)]
     with tqdm(total=sum(map(len, layers)), desc=description, unit="site", disable=not progress) as bar:
         for index in storage.steps(len(layers)):
-            with storage.loaded(layers[index][0].part):
-                for stop in layers[index]:
-                    bar.update(stop.site - bar.n)
-                    yield stop
+            with storage.loaded(layers[index][0].path):
+                for site in layers[index]:
+                    bar.update(site.number - bar.n)
+                    yield site
                     bar.update()
 
 
-def enter(model: PreTrainedModel, calibration: Iterable[Batch], storage: Storage, *, at_least: int) -> Stream:
+def enter(decoder: Decoder, calibration: Iterable[Batch], storage: Storage, *, at_least: int) -> Stream:
     """Embed the calibration batches.
 
     Raises:
         InputError: a malformed batch, token ids beyond the vocabulary, or fewer than ``at_least`` tokens.
     """
-    architecture = architecture_of(model)
-    storage.check(model)
-    layers = list(at(model, architecture.layers).children())
-    with storage.loaded(*architecture.embeddings, architecture.final_norm):
-        device = at(model, architecture.embeddings[0]).weight.device
-        batches = checked(calibration, model.config.vocab_size, device)
+    storage.check(decoder.model)
+    with storage.loaded(*decoder.embeddings, decoder.sites[-1].path):
+        device = next(iter(decoder.embeddings.values())).weight.device
+        batches = checked(calibration, decoder.model.config.vocab_size, device)
         masks = [batch["attention_mask"].bool().flatten() for batch in batches]
         tokens = sum(int(mask.sum()) for mask in masks)
         if tokens < at_least:
@@ -103,7 +69,7 @@ def enter(model: PreTrainedModel, calibration: Iterable[Batch], storage: Storage
         states, layer_arguments = storage.states("stream"), []
         by_mask: dict[Any, list[dict[str, Any]]] = {}  # equally padded batches share the tensors of their arguments
         for index, batch in enumerate(batches if not storage.finished else []):
-            state, arguments = _embed(model, layers, batch)
+            state, arguments = _embed(decoder, batch)
             if index == len(states):
                 states.append(state)
             mask = batch["attention_mask"]
@@ -146,7 +112,7 @@ def _checked(batch: Batch, index: int, vocab_size: int, device: torch.device) ->
     return {"input_ids": ids.to(device, torch.long), "attention_mask": mask.to(device)}
 
 
-def _embed(model: PreTrainedModel, layers: list[nn.Module], batch: dict[str, Tensor]) -> tuple[Tensor, list[dict]]:
+def _embed(decoder: Decoder, batch: dict[str, Tensor]) -> tuple[Tensor, list[dict]]:
     """The embedded tokens [B, T, D] of a batch, and the keyword arguments that each decoder layer is called with.
 
     The model's own forward makes them (masks, rotary positions: they differ between releases and layers); the layers
@@ -155,7 +121,7 @@ def _embed(model: PreTrainedModel, layers: list[nn.Module], batch: dict[str, Ten
     streams: list[Tensor] = []
     layer_arguments: list[dict[str, Any]] = []
 
-    architecture = architecture_of(model)
+    architecture = decoder.architecture
 
     def stub(hidden_states: Tensor, *positional: Any, **arguments: Any) -> Any:
         streams.append(hidden_states)
@@ -166,7 +132,7 @@ def _embed(model: PreTrainedModel, layers: list[nn.Module], batch: dict[str, Ten
     if not batch["attention_mask"].all():
         inputs["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     with ExitStack() as stack:
-        for layer in layers:
+        for layer in decoder.layers:
             stack.enter_context(patch.object(layer, "forward", stub))
-        model.base_model(**inputs, use_cache=False)
+        decoder.model.base_model(**inputs, use_cache=False)
     return streams[0], layer_arguments

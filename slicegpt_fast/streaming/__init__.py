@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from slicegpt_fast.architectures import architecture_of, at
+from slicegpt_fast.architectures import Decoder, architecture_of, at
 from slicegpt_fast.checkpoint import check_space, check_writable, checkpoint_folder, from_pretrained
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.kernels.regimes import TILE
@@ -151,9 +151,11 @@ def _options(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def _write(shards: Shards, bases: Bases, folder: Path, *, progress: bool) -> None:
     """Rotate part after part, each into a file of its own; what is there already was written by an earlier process."""
     folder.mkdir(exist_ok=True)
-    model, sliced = shards.model, outline(shards.model, bases)
+    dense = Decoder(shards.model)
+    outlined = outline(dense, bases)
+    sliced = outlined.model
     weight_map, size = {}, 0
-    calls = rotations(model, sliced, bases)
+    calls = rotations(dense, outlined, bases)
     for number, (paths, rotate) in enumerate(tqdm(calls, desc="slicing", unit="part", disable=not progress), 1):
         file = folder / f"model-{number:05}-of-{len(calls):05}.safetensors"
         if not file.exists():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import at
+from slicegpt_fast.architectures import Decoder, at
 from slicegpt_fast.errors import check_choice
 from slicegpt_fast.ops.covariance import ROWS_PER_STEP
 from slicegpt_fast.slicing import SlicePlan
@@ -49,7 +49,7 @@ def estimate(
     full, element = plan.full_width, model.dtype.itemsize
     square = full * full * 8  # an fp64 matrix [D, D]
     exact = 4 if element == 2 else 8  # what weights are rotated in
-    weights = [[each for path in paths for each in at(model, path).parameters()] for paths in parts(model)]
+    weights = [[each for path in paths for each in at(model, path).parameters()] for paths in parts(Decoder(model))]
     sizes = [[each.numel() for each in part] for part in weights]
     longest = max((batch["input_ids"].numel() for batch in batches), default=0)
     widest = max(max(each.shape[-2:]) for part in weights[1:-1] for each in part)

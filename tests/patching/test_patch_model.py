@@ -21,7 +21,7 @@ from slicegpt_fast import (
     slice_model,
     unpatch_model,
 )
-from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.ops.dispatch import OPS
 from slicegpt_fast.patching import op_requests
 
@@ -77,7 +77,7 @@ def test_same_logits_and_back_again(family, plan, backend):
     assert patch_model(model, backend=backend) is model
     report = patch_report(model)
     unfused = SPARSE.get(family, 0)
-    if plan == "dense" and architecture_of(model).centered:
+    if plan == "dense" and Decoder(model).architecture.centered:
         unfused = len(report.rows) - 1  # all but the head
         assert "LayerNorm" in str(report)
     assert report.fused == len(report.rows) - unfused

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slicegpt_fast import InputError, slice_model
-from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.slicing import slice_config_of
 
 
 def sliced_model(family="llama", basis="per-norm", **options):
     model = tiny_model(family, **options)
-    slice_head = architecture_of(model).keeps_width
+    slice_head = Decoder(model).architecture.keeps_width
     return slice_model(model, [tokens(4, 32)], sparsity=0.25, basis=basis, slice_head=slice_head, progress=False)
 
 

@@ -7,7 +7,7 @@ import torch
 from models import FAMILIES, LLAMA_FAMILIES, tiny_model, tokens
 
 from slicegpt_fast import slice_model
-from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.slicing import apply_bases, find_bases, make_plan
 
 
@@ -42,12 +42,12 @@ def test_a_shared_slice_is_a_projection_before_every_norm(family):
     exact = torch.float32 if family in ("mixtral", "qwen3-moe") else torch.float64  # grouped matmuls know no fp64
     projected = copy.deepcopy(model).to(exact)
     projection = (bases.matrices[0] @ bases.matrices[0].T).to(exact)
-    norms = {branch.norm for sublayer in architecture_of(model).sublayers for branch in sublayer.branches}
-    final = architecture_of(model).final_norm
+    norms = {branch.norm for sublayer in Decoder(model).architecture.sublayers for branch in sublayer.branches}
+    final = Decoder(model).architecture.final_norm
 
     def project(_, inputs):
         stream = inputs[0]
-        if architecture_of(model).centered:
+        if Decoder(model).architecture.centered:
             stream = stream - stream.mean(-1, keepdim=True)
         return (stream @ projection,)
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from slicegpt_fast import InputError, slice_model
-from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.architectures import Decoder, architecture_of
 from slicegpt_fast.slicing import block_parameters, make_plan
 
 
@@ -45,7 +45,7 @@ def test_what_the_head_reads():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_target_params_counts_what_is_stored(family, basis):
     model = tiny_model(family)
-    options = dict(basis=basis, round_to=4, slice_head=architecture_of(model).keeps_width, progress=False)
+    options = dict(basis=basis, round_to=4, slice_head=Decoder(model).architecture.keeps_width, progress=False)
     sliced = slice_model(model, [tokens(4, 32)], target_params=0.8, **options)
     share = block_parameters(sliced) / block_parameters(model)
     assert share <= 0.8

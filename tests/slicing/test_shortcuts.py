@@ -10,7 +10,7 @@ from models import FAMILIES, tiny_model, tokens
 from ops.accuracy import other_defaults
 
 from slicegpt_fast import InputError, slice_model
-from slicegpt_fast.architectures import architecture_of
+from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.slicing import align, apply_bases, block_parameters, find_bases, fit_bases, make_plan
 from slicegpt_fast.slicing.layers import AlignedShortcut
 from slicegpt_fast.slicing.plan import parameter_counter
@@ -31,7 +31,7 @@ def spread(logits):
 @torch.no_grad()
 def test_aligned_shortcuts_are_the_dense_ones(family, slice_head):
     model = tiny_model(family)
-    slice_head |= architecture_of(model).keeps_width
+    slice_head |= Decoder(model).architecture.keeps_width
     ids = tokens(2, 19)
     dense = sliced_by(model, sparsity=0.25, slice_head=slice_head)(ids).logits
     aligned = sliced_by(model, sparsity=0.25, slice_head=slice_head, shortcut="aligned")(ids).logits
@@ -119,7 +119,7 @@ def test_as_many_groups_as_sites_is_per_norm():
 def test_planned_parameters_are_the_stored_ones(family, arguments):
     model = tiny_model(family)
     bases = fit_bases(model, CALIBRATION, sparsity=0.25, slice_head=True, progress=False, **arguments)
-    count = parameter_counter(model, architecture_of(model))
+    count = parameter_counter(Decoder(model))
     assert count(bases.plan) == block_parameters(apply_bases(model, bases, progress=False))
 
 
@@ -147,7 +147,7 @@ def test_sizes_that_do_not_fit(widths):
 def test_variance_schedule_spends_the_budget_evenly():
     model = tiny_model()
     bases = fit_bases(model, CALIBRATION, target_params=0.8, schedule="variance", round_to=1, progress=False)
-    count = parameter_counter(model, architecture_of(model))
+    count = parameter_counter(Decoder(model))
     assert 0.75 * block_parameters(model) < count(bases.plan) <= 0.8 * block_parameters(model)
     assert len(set(bases.plan.widths)) > 2
     assert bases.plan.widths[-1] == 48

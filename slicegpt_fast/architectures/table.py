@@ -6,16 +6,13 @@ weights whose input is the normalised stream, its *writers* those whose output i
 the inputs of readers and the outputs of writers; heads, rotary embeddings, query norms and caches are left alone.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import transformers
 from packaging.version import Version
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedConfig
 
 from slicegpt_fast.errors import InputError
 
@@ -64,6 +61,7 @@ class Architecture:
         positional: the arguments that a decoder layer is given by position, after the stream.
         returns_tuple: a decoder layer returns ``(stream, attention weights)`` instead of the stream.
         keeps_width: its code holds the stream to one width, so all sites, the head's included, must keep equal sizes.
+        since: the first release of transformers whose code is the one described here.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -74,80 +72,7 @@ class Architecture:
     positional: tuple[str, ...] = ()
     returns_tuple: bool = False
     keeps_width: bool = False
-
-    def sites(self, model: nn.Module) -> Iterator[tuple[int, nn.Module, Sublayer]]:
-        """Yield ``(layer index, layer, sublayer)`` for every norm site of the decoder layers, in the stream's order."""
-        for index, layer in enumerate(at(model, self.layers).children()):
-            for sublayer in self.sublayers:
-                yield index, layer, sublayer
-
-
-@dataclass
-class Weight:
-    """A weight ``owner.<name>`` as a matrix [..., out, in] (Conv1D holds its transpose), and its bias [out] or None.
-
-    Assigning keeps the parameter's dtype and whether it is trained.
-    """
-
-    owner: nn.Module
-    name: str = "weight"
-
-    @property
-    def matrix(self) -> Tensor:
-        return self._oriented(cast(Tensor, getattr(self.owner, self.name)))
-
-    @matrix.setter
-    def matrix(self, value: Tensor) -> None:
-        old = getattr(self.owner, self.name)
-        setattr(self.owner, self.name, _parameter(self._oriented(value), old))
-
-    @property
-    def bias(self) -> Tensor | None:
-        return cast(Tensor | None, getattr(self.owner, "bias", None)) if self.name == "weight" else None
-
-    @bias.setter
-    def bias(self, value: Tensor) -> None:
-        self.owner.bias = _parameter(value, self.matrix)
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter behind ``matrix``."""
-        return cast(nn.Parameter, getattr(self.owner, self.name))
-
-    def view_of(self, matrix: Tensor, bias: Tensor | None) -> None:
-        """Let the parameters live in memory that already holds their values: [..., out, in] and [out]."""
-        self.parameter.data = self._oriented(matrix)
-        if self.bias is not None and bias is not None:
-            self.bias.data = bias
-
-    def _oriented(self, matrix: Tensor) -> Tensor:
-        return matrix.mT if isinstance(self.owner, Conv1D) else matrix
-
-
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(like.dtype).contiguous(), requires_grad=like.requires_grad)
-
-
-def at(module: nn.Module, path: str) -> Any:
-    """The submodule at a path of the table; typed Any, since the path decides what it is."""
-    return module.get_submodule(path)
-
-
-def weights(layer: nn.Module, paths: tuple[str, ...]) -> list[Weight]:
-    """The weights at those of ``paths`` that ``layer`` has."""
-    found = []
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        try:
-            owner = at(layer, parent)
-        except AttributeError:
-            continue
-        value = getattr(owner, name, None)
-        if isinstance(value, nn.Parameter):
-            found.append(Weight(owner, name))
-        elif value is not None:
-            found.append(Weight(value))
-    return found
+    since: str = "5.17"
 
 
 def attention(norm: str, module: str, readers: tuple[str, ...], writer: str, *after: str) -> Branch:
@@ -185,7 +110,7 @@ GATED_EXPERTS = mlp(
     "act_fn",
 )
 
-LLAMA = Architecture(sequential(SELF_ATTENTION, GATED_MLP))
+LLAMA = Architecture(sequential(SELF_ATTENTION, GATED_MLP), since="5.0")
 MIXTURE_OF_EXPERTS = Architecture(sequential(SELF_ATTENTION, GATED_EXPERTS), keeps_width=True)
 PHI3 = Architecture(
     sequential(
@@ -299,16 +224,15 @@ REFUSED = {
 }
 
 
-def architecture_of(model: Any) -> Architecture:
-    """Return the table row for a causal language model or its config.
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Return the table row for the config of a causal language model.
 
     Raises:
-        InputError: not a transformers model, an encoder model, an unknown family, one to which the method does not
-            apply, or a model without its language head.
+        InputError: not a config, an unknown family, one to which the method does not apply, or one that needs a newer
+            transformers.
     """
-    if not isinstance(model, PreTrainedModel | PreTrainedConfig):
-        raise InputError(f"model must be a transformers causal language model, not {type(model).__name__}.")
-    config = model if isinstance(model, PreTrainedConfig) else model.config
+    if not isinstance(config, PreTrainedConfig):
+        raise InputError(f"config must be a transformers causal language model's, not {type(config).__name__}.")
     if config.model_type in REFUSED:
         raise InputError(f"model type {config.model_type!r} cannot be sliced: {REFUSED[config.model_type]}.")
     row = ARCHITECTURES.get(config.model_type)
@@ -317,25 +241,10 @@ def architecture_of(model: Any) -> Architecture:
             f"model type {config.model_type!r} is not supported: slicegpt-fast slices the decoder-only families "
             f"{', '.join(ARCHITECTURES)}."
         )
-    if row is not LLAMA and Version(transformers.__version__) < Version("5.17"):
+    architecture = row if isinstance(row, Architecture) else row(config)
+    if Version(transformers.__version__) < Version(architecture.since):
         raise InputError(
-            f"model type {config.model_type!r} needs transformers 5.17 or newer, this is {transformers.__version__}: "
-            "upgrade it."
+            f"model type {config.model_type!r} needs transformers {architecture.since} or newer, this is "
+            f"{transformers.__version__}: upgrade it."
         )
-    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
-        raise InputError(
-            f"{type(model).__name__} has no language head: load the model with AutoModelForCausalLM.from_pretrained."
-        )
-    return row if isinstance(row, Architecture) else row(config)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside, each module's own mode after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    return architecture

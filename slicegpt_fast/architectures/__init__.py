@@ -1,0 +1,18 @@
+"""What is known of the Hugging Face families: a table with one row per family, and a model read through its row."""
+
+from slicegpt_fast.architectures.decoder import Decoder, Site, evaluating
+from slicegpt_fast.architectures.table import Architecture, Branch, Sublayer, architecture_of
+from slicegpt_fast.architectures.weights import Weight, at, weights
+
+__all__ = [
+    "Architecture",
+    "Branch",
+    "Decoder",
+    "Site",
+    "Sublayer",
+    "Weight",
+    "architecture_of",
+    "at",
+    "evaluating",
+    "weights",
+]
