@@ -1,13 +1,16 @@
 """What is known of the Hugging Face families: a table with one row per family, and a model read through its row."""
 
 from slicegpt_fast.architectures.decoder import Decoder, Site, evaluating
-from slicegpt_fast.architectures.table import Architecture, Branch, Sublayer, architecture_of
+from slicegpt_fast.architectures.table import Architecture, Branch, Heads, Output, Reader, Sublayer, architecture_of
 from slicegpt_fast.architectures.weights import Weight, at, weights
 
 __all__ = [
     "Architecture",
     "Branch",
     "Decoder",
+    "Heads",
+    "Output",
+    "Reader",
     "Site",
     "Sublayer",
     "Weight",

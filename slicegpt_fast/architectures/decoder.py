@@ -45,6 +45,7 @@ class Decoder:
     Attributes:
         model: the model.
         architecture: its row of the table.
+        heads: those of its attention.
         width: D, the hidden size of the dense model.
         embeddings: path and module of each table whose rows are summed into the stream.
         layers: the decoder layers, in order.
@@ -63,6 +64,7 @@ class Decoder:
             raise InputError(f"model must be a transformers causal language model, not {type(model).__name__}.")
         self.model = model
         self.architecture = architecture_of(model.config)
+        self.heads = self.architecture.heads(model.config)
         head = model.get_output_embeddings()
         if head is None:
             name = type(model).__name__

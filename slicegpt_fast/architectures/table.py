@@ -8,7 +8,7 @@ the inputs of readers and the outputs of writers; heads, rotary embeddings, quer
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 from packaging.version import Version
@@ -16,26 +16,87 @@ from transformers import PreTrainedConfig
 
 from slicegpt_fast.errors import InputError
 
+Output = Literal["query", "key", "value", "gate", "up", "router"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear module, or a parameter of shape [experts, out, in], that reads the normalised stream.
+
+    Attributes:
+        path: inside the decoder layer.
+        outputs: what its rows compute, in order: an attention's queries, keys and values, the halves ``gate`` and
+            ``up`` of a gated feed-forward network (``up`` alone where it has no gate), or an expert's ``router`` score.
+        grouped: the rows are those of one key and value head after another, each behind the queries that attend to it;
+            otherwise all rows of an output lie together.
+    """
+
+    path: str
+    outputs: tuple[Output, ...]
+    grouped: bool = False
+
+    def channels(self, output: Output, rows: int) -> range:
+        """Return which of ``rows`` rows compute ``output`` of a feed-forward network, channel by channel."""
+        size, start = rows // len(self.outputs), self.outputs.index(output)
+        return range(start * size, (start + 1) * size)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention; neighbouring query heads share a key and value head.
+
+    Attributes:
+        queries: the number of query heads.
+        values: the number of key and value heads.
+        size: of one head.
+    """
+
+    queries: int
+    values: int
+    size: int
+
+    def rows(self, reader: Reader, output: Output) -> list[range]:
+        """Return the rows of ``reader`` that compute each head of ``output``."""
+        groups = self.values if reader.grouped else 1
+        per_group = {each: (self.queries if each == "query" else self.values) // groups for each in reader.outputs}
+        before = sum(per_group[each] for each in reader.outputs[: reader.outputs.index(output)])
+        first = [group * sum(per_group.values()) + before for group in range(groups)]
+        heads = [start + head for start in first for head in range(per_group[output])]
+        return [range(head * self.size, (head + 1) * self.size) for head in heads]
+
+    def columns(self, value: int) -> range:
+        """Return the columns of the output projection that read what a key and value head gave."""
+        size = self.queries // self.values * self.size
+        return range(value * size, (value + 1) * size)
+
 
 @dataclass(frozen=True)
 class Branch:
     """One module beside the residual path. Strings are paths inside the decoder layer.
 
+    Paths that a layer lacks are left out: some mixture-of-experts families have dense layers too.
+
     Attributes:
         norm: the norm it reads through; branches of one sublayer may share it.
         modules: what is applied to the normalised stream, in order.
-        readers, writers: linear modules, or parameters of shape [experts, out, in]. Paths that a layer lacks are left
-            out (mixture-of-experts families have layers of both kinds).
+        inputs: its readers, and what their rows compute.
+        writers: linear modules, or parameters of shape [experts, out, in]. The inputs of an attention's are the query
+            heads in order, those of a feed-forward network its channels.
         takes_layer_arguments: the first module is called with the layer's arguments (masks, positions, cache).
         activation: the module between a feed-forward network's readers and writers; None for attention.
     """
 
     norm: str
     modules: tuple[str, ...]
-    readers: tuple[str, ...]
+    inputs: tuple[Reader, ...]
     writers: tuple[str, ...]
     takes_layer_arguments: bool = False
     activation: str | None = None
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The paths of its readers."""
+        return tuple(reader.path for reader in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -61,6 +122,7 @@ class Architecture:
         positional: the arguments that a decoder layer is given by position, after the stream.
         returns_tuple: a decoder layer returns ``(stream, attention weights)`` instead of the stream.
         keeps_width: its code holds the stream to one width, so all sites, the head's included, must keep equal sizes.
+        value_heads: the number of key and value heads where the config's ``num_key_value_heads`` does not say it.
         since: the first release of transformers whose code is the one described here.
     """
 
@@ -72,21 +134,41 @@ class Architecture:
     positional: tuple[str, ...] = ()
     returns_tuple: bool = False
     keeps_width: bool = False
+    value_heads: int | None = None
     since: str = "5.17"
 
+    def heads(self, config: PreTrainedConfig) -> Heads:
+        """Return the attention's heads in a model of this config."""
+        queries = config.num_attention_heads
+        values = self.value_heads or getattr(config, "num_key_value_heads", None) or queries
+        return Heads(queries, values, getattr(config, "head_dim", None) or config.hidden_size // queries)
 
-def attention(norm: str, module: str, readers: tuple[str, ...], writer: str, *after: str) -> Branch:
-    """An attention branch; ``readers`` and ``writer`` are names inside ``module``."""
-    inside = tuple(f"{module}.{reader}" for reader in readers)
-    return Branch(norm, (module, *after), inside, (f"{module}.{writer}",), takes_layer_arguments=True)
+
+def attention(norm: str, module: str, readers: tuple[Reader, ...], writer: str, *after: str) -> Branch:
+    """An attention branch; ``readers`` and ``writer`` are paths inside ``module``."""
+    return Branch(norm, (module, *after), _inside(module, readers), (f"{module}.{writer}",), takes_layer_arguments=True)
 
 
 def mlp(
-    norm: str, module: str, readers: tuple[str, ...], writers: tuple[str, ...], activation: str, *after: str
+    norm: str, module: str, readers: tuple[Reader, ...], writers: tuple[str, ...], activation: str, *after: str
 ) -> Branch:
-    """An MLP branch; ``readers``, ``writers`` and ``activation`` are names inside ``module``."""
-    inside, outside = (tuple(f"{module}.{name}" for name in names) for names in (readers, writers))
-    return Branch(norm, (module, *after), inside, outside, activation=f"{module}.{activation}")
+    """An MLP branch; ``readers``, ``writers`` and ``activation`` are paths inside ``module``."""
+    outside = tuple(f"{module}.{writer}" for writer in writers)
+    return Branch(norm, (module, *after), _inside(module, readers), outside, activation=f"{module}.{activation}")
+
+
+def _inside(module: str, readers: tuple[Reader, ...]) -> tuple[Reader, ...]:
+    return tuple(replace(reader, path=f"{module}.{reader.path}") for reader in readers)
+
+
+def fused_qkv(path: str, *, grouped: bool = False) -> tuple[Reader, ...]:
+    """Queries, keys and values in one weight."""
+    return (Reader(path, ("query", "key", "value"), grouped),)
+
+
+def ungated(path: str) -> tuple[Reader, ...]:
+    """The reader of a feed-forward network without a gate."""
+    return (Reader(path, ("up",)),)
 
 
 def sequential(attending: Branch, feeding: Branch) -> tuple[Sublayer, ...]:
@@ -99,13 +181,14 @@ def parallel(attending: Branch, feeding: Branch) -> tuple[Sublayer, ...]:
     return (Sublayer("block", (attending, feeding)),)
 
 
-QKV = ("q_proj", "k_proj", "v_proj")
+QKV = (Reader("q_proj", ("query",)), Reader("k_proj", ("key",)), Reader("v_proj", ("value",)))
+GATE_UP = (Reader("gate_proj", ("gate",)), Reader("up_proj", ("up",)))
 SELF_ATTENTION = attention("input_layernorm", "self_attn", QKV, "o_proj")
-GATED_MLP = mlp("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), ("down_proj",), "act_fn")
+GATED_MLP = mlp("post_attention_layernorm", "mlp", GATE_UP, ("down_proj",), "act_fn")
 GATED_EXPERTS = mlp(
     "post_attention_layernorm",
     "mlp",
-    ("gate_proj", "up_proj", "gate", "experts.gate_up_proj"),  # dense layers have the first two, sparse ones the rest
+    (*GATE_UP, Reader("gate", ("router",)), Reader("experts.gate_up_proj", ("gate", "up"))),  # dense, sparse layers
     ("down_proj", "experts.down_proj"),
     "act_fn",
 )
@@ -114,20 +197,30 @@ LLAMA = Architecture(sequential(SELF_ATTENTION, GATED_MLP), since="5.0")
 MIXTURE_OF_EXPERTS = Architecture(sequential(SELF_ATTENTION, GATED_EXPERTS), keeps_width=True)
 PHI3 = Architecture(
     sequential(
-        attention("input_layernorm", "self_attn", ("qkv_proj",), "o_proj", "resid_attn_dropout"),
-        mlp("post_attention_layernorm", "mlp", ("gate_up_proj",), ("down_proj",), "activation_fn", "resid_mlp_dropout"),
+        attention("input_layernorm", "self_attn", fused_qkv("qkv_proj"), "o_proj", "resid_attn_dropout"),
+        mlp(
+            "post_attention_layernorm",
+            "mlp",
+            (Reader("gate_up_proj", ("gate", "up")),),
+            ("down_proj",),
+            "activation_fn",
+            "resid_mlp_dropout",
+        ),
     )
 )
 PHI = Architecture(
     parallel(
         attention("input_layernorm", "self_attn", QKV, "dense", "resid_dropout"),
-        mlp("input_layernorm", "mlp", ("fc1",), ("fc2",), "activation_fn", "resid_dropout"),
+        mlp("input_layernorm", "mlp", ungated("fc1"), ("fc2",), "activation_fn", "resid_dropout"),
     ),
     final_norm="model.final_layernorm",
     centered=True,
 )
 GPT2 = Architecture(
-    sequential(attention("ln_1", "attn", ("c_attn",), "c_proj"), mlp("ln_2", "mlp", ("c_fc",), ("c_proj",), "act")),
+    sequential(
+        attention("ln_1", "attn", fused_qkv("c_attn"), "c_proj"),
+        mlp("ln_2", "mlp", ungated("c_fc"), ("c_proj",), "act"),
+    ),
     embeddings=("transformer.wte", "transformer.wpe"),
     layers="transformer.h",
     final_norm="transformer.ln_f",
@@ -147,7 +240,13 @@ def opt(config: PreTrainedConfig) -> Architecture:
     return Architecture(
         sequential(
             attention("self_attn_layer_norm", "self_attn", QKV, "out_proj"),
-            Branch("final_layer_norm", ("fc1", "activation_fn", "fc2"), ("fc1",), ("fc2",), activation="activation_fn"),
+            Branch(
+                "final_layer_norm",
+                ("fc1", "activation_fn", "fc2"),
+                ungated("fc1"),
+                ("fc2",),
+                activation="activation_fn",
+            ),
         ),
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         layers="model.decoder.layers",
@@ -161,8 +260,21 @@ def gpt_neox(config: PreTrainedConfig) -> Architecture:
     form = parallel if config.use_parallel_residual else sequential
     return Architecture(
         form(
-            attention("input_layernorm", "attention", ("query_key_value",), "dense", "post_attention_dropout"),
-            mlp("post_attention_layernorm", "mlp", ("dense_h_to_4h",), ("dense_4h_to_h",), "act", "post_mlp_dropout"),
+            attention(
+                "input_layernorm",
+                "attention",
+                fused_qkv("query_key_value", grouped=True),
+                "dense",
+                "post_attention_dropout",
+            ),
+            mlp(
+                "post_attention_layernorm",
+                "mlp",
+                ungated("dense_h_to_4h"),
+                ("dense_4h_to_h",),
+                "act",
+                "post_mlp_dropout",
+            ),
         ),
         embeddings=("gpt_neox.embed_in",),
         layers="gpt_neox.layers",
@@ -182,19 +294,21 @@ def falcon(config: PreTrainedConfig) -> Architecture:
     """Falcon: sequential (rw), parallel with one norm (7b, 11b) or with two (40b, 180b)."""
     two_norms = config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2)
     in_parallel = config.parallel_attn or config.new_decoder_architecture
+    shared_values = config.multi_query and not config.new_decoder_architecture
     norms = ("ln_attn", "ln_mlp") if two_norms else ("input_layernorm", "input_layernorm")
     if not in_parallel:
         norms = ("input_layernorm", "post_attention_layernorm")
     return Architecture(
         (parallel if in_parallel else sequential)(
-            attention(norms[0], "self_attention", ("query_key_value",), "dense"),
-            mlp(norms[1], "mlp", ("dense_h_to_4h",), ("dense_4h_to_h",), "act"),
+            attention(norms[0], "self_attention", fused_qkv("query_key_value", grouped=True), "dense"),
+            mlp(norms[1], "mlp", ungated("dense_h_to_4h"), ("dense_4h_to_h",), "act"),
         ),
         embeddings=("transformer.word_embeddings",),
         layers="transformer.h",
         final_norm="transformer.ln_f",
         centered=True,
         returns_tuple=True,
+        value_heads=1 if shared_values else config.num_kv_heads,
     )
 
 
