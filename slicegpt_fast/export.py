@@ -106,21 +106,21 @@ def _plain_config(model: PreTrainedModel, width: int) -> PreTrainedConfig:
     values: dict[str, Any] = dense.to_dict()
     del values["quantization_config"]
     values |= {"tie_word_embeddings": False, "head_dim": getattr(dense, "head_dim", None) or full // heads}
-    kind = type(dense)
+    config_class = type(dense)
     if isinstance(dense, Qwen2Config) and set(dense.layer_types or ()) == {"full_attention"}:
-        kind = LlamaConfig
-        known = kind().to_dict()
+        config_class = LlamaConfig
+        known = config_class().to_dict()
         values = {name: value for name, value in values.items() if name in known}
-        values |= {"model_type": kind.model_type, "attention_bias": True}
+        values |= {"model_type": config_class.model_type, "attention_bias": True}
     for size in (width, math.ceil(width / heads) * heads):
         values |= {"hidden_size": size, "rms_norm_eps": dense.rms_norm_eps * full / size}
         try:
-            return kind.from_dict(values)
+            return config_class.from_dict(values)
         except (StrictDataclassError, ValueError) as error:
             reason = str(error.__cause__ or error).rstrip(".")
     raise InputError(
-        f"{kind.__name__} accepts neither {width} nor {size} as hidden_size ({reason}): slice to another width, or "
-        "keep the sliced format."
+        f"{config_class.__name__} accepts neither {width} nor {size} as hidden_size ({reason}): slice to another width, "
+        "or keep the sliced format."
     )
 
 

@@ -8,7 +8,7 @@ It saves a sliced model as two files, ``<name>_<sparsity>.pt``, the state dict, 
 * Each decoder layer has a parameter ``attn_shortcut_Q`` [d, d'] for the residual path beside attention (beside the
   whole block where attention and MLP run in parallel) and ``mlp_shortcut_Q`` for the one beside the MLP. The stream
   multiplies them from the left: they are the transposes of the shortcuts here.
-* The sizes are kept per layer and place, in dictionaries from the layer's index: what attention and MLP read
+* The sizes are kept per layer and module, in dictionaries from the layer's index: what attention and MLP read
   (``*_input_dimensions``) and write (``*_output_dimensions``). Parallel layers have ``attention_input_dimensions`` and
   ``mlp_output_dimensions`` only. One ``const_dimension`` stands for all of them in files made for older checkpoints.
 """

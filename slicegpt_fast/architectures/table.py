@@ -1,6 +1,6 @@
 """Where each Hugging Face family keeps the parts that touch the residual stream: one row per family.
 
-A decoder layer is a sequence of sublayers. Each reads the residual stream at one place, its *norm site*, through one or
+A decoder layer is a sequence of sublayers. Each reads the residual stream at one point, its *norm site*, through one or
 more branches and adds their outputs: ``h <- h + module(norm(h)) [+ module'(norm'(h))]``. A branch's *readers* are the
 weights whose input is the normalised stream, its *writers* those whose output is added to the stream. Slicing narrows
 the inputs of readers and the outputs of writers; heads, rotary embeddings, query norms and caches are left alone.

@@ -6,7 +6,7 @@ as soon as it is known: later bases are fitted to what the sliced model will rea
 Bases that several sites share are fitted to the dense model's stream.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Decoder, at, evaluating
+from slicegpt_fast.architectures import Decoder, Site, at, evaluating
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
-from slicegpt_fast.slicing.layers import norm_eps, normalise, rstd, run_branches
+from slicegpt_fast.slicing.layers import norm_eps, rstd
 from slicegpt_fast.slicing.plan import SlicePlan
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
-from slicegpt_fast.slicing.walk import Batch, enter, visit
+from slicegpt_fast.slicing.walk import Batch, Stream, enter, visit, without_mean
 
 REFIT_DAMPING = 0.01  # of the mean diagonal of X^T X
 
@@ -86,46 +86,39 @@ def find_bases(
         InputError: no or too few tokens, token ids beyond the vocabulary, or activations that are not finite.
     """
     decoder = Decoder(model)
-    centered, full = decoder.architecture.centered, plan.full_width
     each_its_own = len(set(plan.groups)) == len(plan.groups)
     spectra, matrices = storage.tensors("spectra"), storage.tensors("matrices")
     unfinished = storage.tensors("covariance")  # of the sites so far, where the next one shares their basis
     with evaluating(model):
         stream = enter(decoder, calibration, storage, at_least=max(plan.widths))
         for site in visit(decoder, storage, "calibrating", progress=progress):
-            if unfinished:
-                covariance = unfinished.pop()
-            else:
-                covariance = torch.zeros(full, full, dtype=torch.float64, device=stream.device)
-            for i, mask in enumerate(stream.counted):
-                state = stream.states[i]
-                if centered:
-                    state = stream.states[i] = _centred(state)
-                rows = state.flatten(0, 1)
-                scale = rstd(rows, full, norm_eps(site.norm)).squeeze(1) if plan.signal == "normalized" else None
-                covariance_(covariance, rows, scale, mask)
-            if not covariance.diagonal().isfinite().all():
-                raise InputError(
-                    f"the activations entering {site.norm_path} are not finite in {model.dtype}: check the weights, or "
-                    "load the model in a wider dtype."
-                )
+            covariance = unfinished.pop() if unfinished else _square(plan.full_width, stream.device)
+            _add_covariance_(covariance, stream, site, plan)
+            deleted = None
             if site.sublayer is None or plan.has_shortcut(site.number):
+                width = plan.widths[site.number]
                 values, vectors = principal_components(covariance)
                 spectra.append(values)
-                matrices.append(vectors[:, : plan.widths[site.number]].clone(memory_format=torch.contiguous_format))
-                deleted = vectors[:, plan.widths[site.number] :].to(model.dtype)
+                matrices.append(vectors[:, :width].clone(memory_format=torch.contiguous_format))
+                deleted = vectors[:, width:].to(model.dtype) if each_its_own else None
             else:
                 unfinished.append(covariance)
-            if site.sublayer is None:
-                continue
-            for i, arguments in enumerate(stream.layer_arguments):
-                state = stream.states[i]
-                if each_its_own:
-                    state = state - state @ deleted @ deleted.T
-                normalised = normalise(site.part, site.sublayer, state)
-                output, _ = run_branches(site.part, site.sublayer, normalised, **arguments[site.index])
-                stream.states[i] = state + output
+            stream.advance(site, deleted)
     return Bases(plan, matrices, torch.stack(list(spectra)), stream.tokens)
+
+
+def _add_covariance_(covariance: Tensor, stream: Stream, site: Site, plan: SlicePlan) -> None:
+    """Add the covariance of the plan's signal at a site to ``covariance`` [D, D]."""
+    for states, mask in stream.batches():
+        rows = states.flatten(0, 1)
+        normalized = plan.signal == "normalized"
+        scale = rstd(rows, plan.full_width, norm_eps(site.norm)).squeeze(1) if normalized else None
+        covariance_(covariance, rows, scale, mask)
+    if not covariance.diagonal().isfinite().all():
+        raise InputError(
+            f"the activations entering {site.norm_path} are not finite in {states.dtype}: check the weights, or load "
+            "the model in a wider dtype."
+        )
 
 
 @torch.no_grad()
@@ -149,8 +142,7 @@ def refit_readers(
 
     Args: as :func:`find_bases`, with the bases it returned for the same calibration.
     """
-    decoder = Decoder(model)
-    plan, centered, full = bases.plan, decoder.architecture.centered, bases.plan.full_width
+    decoder, plan = Decoder(model), bases.plan
     readers, sliced = storage.tensors("readers"), storage.states("sliced")
     with evaluating(model):
         stream = enter(decoder, calibration, storage, at_least=max(plan.widths))
@@ -158,38 +150,51 @@ def refit_readers(
             sliced.extend(stream.states)
         for site in visit(decoder, storage, "re-fitting", progress=progress):
             basis = bases.basis(site.number)
-            eps, factor = norm_eps(site.norm), basis.to(model.dtype)
-            gram = torch.zeros(len(basis.T), len(basis.T), dtype=torch.float64, device=basis.device)
-            cross = torch.zeros(len(basis.T), full, dtype=torch.float64, device=basis.device)
-            for i, mask in enumerate(stream.counted):
-                dense, narrow = stream.states[i], sliced[i]
-                if centered:
-                    dense = stream.states[i] = _centred(dense)
-                    narrow = _centred(narrow)
-                narrow = sliced[i] = narrow @ factor
-                x = (narrow * rstd(narrow, full, eps)).flatten(0, 1)
-                y = (dense * rstd(dense, full, eps)).flatten(0, 1)
-                if mask is not None:
-                    x, y = x[mask], y[mask]
-                gram += x.T @ x  # fp32 within a batch: the damping is far above its rounding
-                cross += x.T @ y
-            damping = REFIT_DAMPING * gram.diagonal().mean()
-            gram.diagonal().add_(damping)
-            fitted = torch.linalg.solve(gram, cross + damping * basis.T)
+            factor = basis.to(model.dtype)
+            fitted = _fit(stream, sliced, site, basis, factor)
             readers.append(fitted.T.contiguous())
-            if site.sublayer is None:
-                continue
-            fitted = fitted.to(model.dtype)
-            for i, arguments in enumerate(stream.layer_arguments):
-                dense, narrow = stream.states[i], sliced[i]
-                normalised = normalise(site.part, site.sublayer, dense)
-                output, _ = run_branches(site.part, site.sublayer, normalised, **arguments[site.index])
-                stream.states[i] = dense + output
-                estimate = (narrow * rstd(narrow, full, eps)).to(model.dtype) @ fitted
-                normalised = {norm: _affine(at(site.part, norm), estimate) for norm in normalised}
-                output, _ = run_branches(site.part, site.sublayer, normalised, **arguments[site.index])
-                sliced[i] = narrow @ factor.T + output
+            _advance_sliced(stream, sliced, site, factor, fitted.to(model.dtype))
+            stream.advance(site)
     return replace(bases, readers=readers)
+
+
+def _fit(stream: Stream, sliced: MutableSequence[Tensor], site: Site, basis: Tensor, factor: Tensor) -> Tensor:
+    """Multiply the sliced model's states by ``factor``, and return the map M [d, D] of the site's readers.
+
+    Args:
+        stream: the dense model's.
+        sliced: the sliced model's, one [B, T, D] tensor per batch.
+        site: where both have arrived.
+        basis: Q [D, d] in fp64.
+        factor: Q in the dtype of the states.
+    """
+    (full, width), eps = basis.shape, norm_eps(site.norm)
+    gram = _square(width, basis.device)
+    cross = torch.zeros(width, full, dtype=torch.float64, device=basis.device)
+    for index, (dense, mask) in enumerate(stream.batches()):
+        narrow = without_mean(sliced[index]) if stream.centered else sliced[index]
+        narrow = sliced[index] = narrow @ factor
+        x = (narrow * rstd(narrow, full, eps)).flatten(0, 1)
+        y = (dense * rstd(dense, full, eps)).flatten(0, 1)
+        if mask is not None:
+            x, y = x[mask], y[mask]
+        gram += x.T @ x  # fp32 within a batch: the damping is far above its rounding
+        cross += x.T @ y
+    damping = REFIT_DAMPING * gram.diagonal().mean()
+    gram.diagonal().add_(damping)
+    return torch.linalg.solve(gram, cross + damping * basis.T)
+
+
+def _advance_sliced(stream: Stream, sliced: MutableSequence[Tensor], site: Site, basis: Tensor, fitted: Tensor) -> None:
+    """Bring the sliced model's states [B, T, d], in ``basis`` [D, d], to the next site, where they are [B, T, D]."""
+    if site.sublayer is None:
+        return
+    for index in range(len(sliced)):
+        narrow = sliced[index]
+        estimate = (narrow * rstd(narrow, len(basis), norm_eps(site.norm))).to(narrow.dtype) @ fitted
+        norms = {branch.norm: at(site.part, branch.norm) for branch in site.sublayer.branches}
+        normalised = {path: _affine(norm, estimate) for path, norm in norms.items()}
+        sliced[index] = narrow @ basis.T + stream.output(site, index, normalised)
 
 
 def align(bases: Bases, *, storage: Storage = IN_MEMORY) -> Bases:
@@ -220,5 +225,5 @@ def _affine(norm: Any, normalised: Tensor) -> Tensor:
     return weighted if getattr(norm, "bias", None) is None else weighted + norm.bias
 
 
-def _centred(stream: Tensor) -> Tensor:
-    return stream - stream.mean(-1, keepdim=True)
+def _square(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, size, dtype=torch.float64, device=device)

@@ -115,7 +115,7 @@ forward_with_shortcuts.__name__ = "forward"  # by which pickle finds a bound met
 
 @cache
 def with_shortcuts(base: type[nn.Module], architecture: Architecture) -> type[nn.Module]:
-    """The class of a family's decoder layers with shortcuts; its name stays, by which other libraries know it."""
+    """Return the class of a family's decoder layers with shortcuts; it keeps its name, which others go by."""
     if hasattr(base, "architecture"):
         return base
     members = {"architecture": architecture, "forward": forward_with_shortcuts, "__reduce_ex__": reduce_with_shortcuts}
@@ -123,12 +123,12 @@ def with_shortcuts(base: type[nn.Module], architecture: Architecture) -> type[nn
 
 
 def reduce_with_shortcuts(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
-    """How a decoder layer with shortcuts is copied and pickled: its class is in no module, but can be made again."""
+    """Return how a decoder layer with shortcuts is copied and pickled: its class is in no module, but can be remade."""
     return new_with_shortcuts, (type(layer).__base__, layer.architecture), layer.__getstate__()
 
 
 def new_with_shortcuts(base: type[nn.Module], architecture: Architecture) -> nn.Module:
-    """An instance of :func:`with_shortcuts` without contents."""
+    """Return an instance of :func:`with_shortcuts` without contents."""
     made = with_shortcuts(base, architecture)  # type: ignore[arg-type]
     return made.__new__(made)
 

@@ -1,18 +1,18 @@
 """Calibration tokens on their way through the dense model, one norm site at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping, MutableSequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from slicegpt_fast.architectures import Decoder, Site
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.slicing.layers import normalise, run_branches
 from slicegpt_fast.slicing.storage import Storage
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -28,6 +28,7 @@ class Stream:
         layer_arguments: per batch, the keyword arguments that each decoder layer is called with.
         tokens: how many positions count.
         device: that of the states.
+        centered: the model's norms subtract the stream's mean.
     """
 
     states: MutableSequence[Tensor]
@@ -35,6 +36,35 @@ class Stream:
     layer_arguments: list[list[dict[str, Any]]]
     tokens: int
     device: torch.device
+    centered: bool
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield each batch's states, without their mean where norms subtract it, and which of their rows count."""
+        for index, mask in enumerate(self.counted):
+            if self.centered:
+                self.states[index] = without_mean(self.states[index])
+            yield self.states[index], mask
+
+    def advance(self, site: Site, deleted: Tensor | None = None) -> None:
+        """Bring the stream to the next site, first rid of the orthonormal directions ``deleted`` [D, n]."""
+        if site.sublayer is None:
+            return
+        for index in range(len(self.layer_arguments)):
+            state = self.states[index]
+            if deleted is not None:
+                state = state - state @ deleted @ deleted.T
+            self.states[index] = state + self.output(site, index, normalise(site.part, site.sublayer, state))
+
+    def output(self, site: Site, index: int, normalised: dict[str, Tensor]) -> Tensor:
+        """Return what the site's sublayer makes of a batch: its normalised states, by the norm's path -> [B, T, D]."""
+        assert site.sublayer is not None
+        output, _ = run_branches(site.part, site.sublayer, normalised, **self.layer_arguments[index][site.index])
+        return output
+
+
+def without_mean(states: Tensor) -> Tensor:
+    """Subtract the mean of the last dimension."""
+    return states - states.mean(-1, keepdim=True)
 
 
 def visit(decoder: Decoder, storage: Storage, description: str, *, progress: bool) -> Iterator[Site]:
@@ -75,7 +105,7 @@ def enter(decoder: Decoder, calibration: Iterable[Batch], storage: Storage, *, a
             mask = batch["attention_mask"]
             layer_arguments.append(by_mask.setdefault((mask.shape, mask.cpu().numpy().tobytes()), arguments))
     counted = [None if mask.all() else mask for mask in masks]
-    return Stream(states, counted, layer_arguments, tokens, device)
+    return Stream(states, counted, layer_arguments, tokens, device, decoder.architecture.centered)
 
 
 def checked(calibration: Iterable[Batch], vocab_size: int, device: torch.device) -> list[dict[str, Tensor]]:
@@ -116,23 +146,35 @@ def _embed(decoder: Decoder, batch: dict[str, Tensor]) -> tuple[Tensor, list[dic
     """The embedded tokens [B, T, D] of a batch, and the keyword arguments that each decoder layer is called with.
 
     The model's own forward makes them (masks, rotary positions: they differ between releases and layers); the layers
-    themselves are stubbed out.
+    themselves only record what they are called with.
     """
-    streams: list[Tensor] = []
+    states: list[Tensor] = []
     layer_arguments: list[dict[str, Any]] = []
-
     architecture = decoder.architecture
 
-    def stub(hidden_states: Tensor, *positional: Any, **arguments: Any) -> Any:
-        streams.append(hidden_states)
+    def record(hidden_states: Tensor, *positional: Any, **arguments: Any) -> Any:
+        states.append(hidden_states)
         layer_arguments.append(arguments | dict(zip(architecture.positional, positional, strict=False)))
         return (hidden_states, None) if architecture.returns_tuple else hidden_states
 
     inputs = dict(batch)
     if not batch["attention_mask"].all():
         inputs["position_ids"] = (batch["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-    with ExitStack() as stack:
-        for layer in decoder.layers:
-            stack.enter_context(patch.object(layer, "forward", stub))
+    with _running(record, decoder.layers):
         decoder.model.base_model(**inputs, use_cache=False)
-    return streams[0], layer_arguments
+    return states[0], layer_arguments
+
+
+@contextmanager
+def _running(forward: Callable[..., Any], modules: list[nn.Module]) -> Iterator[None]:
+    """Inside, the modules run ``forward`` in place of their own."""
+    before = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del vars(module)["forward"]
+            if own is not None:
+                vars(module)["forward"] = own

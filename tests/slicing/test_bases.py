@@ -114,6 +114,24 @@ def test_the_model_is_left_as_it_was():
         assert torch.equal(tensor, before[name][1])
 
 
+@torch.no_grad()
+def test_a_forward_that_somebody_set_comes_back():
+    model = tiny_model()
+    layer = model.model.layers[1]
+    layer.forward = own = layer.forward
+
+    def fail(*_):
+        raise RuntimeError("no positions")
+
+    find_bases(model, [tokens(4, 32)], make_plan(model, sparsity=0.3), progress=False)
+    assert vars(layer)["forward"] is own
+    model.model.rotary_emb.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no positions"):
+        find_bases(model, [tokens(4, 32)], make_plan(model, sparsity=0.3), progress=False)
+    assert vars(layer)["forward"] is own
+    assert "forward" not in vars(model.model.layers[0])
+
+
 def test_only_padded_batches_are_masked(monkeypatch):
     """A mask that is true everywhere would cost a copy of the activations."""
     masks = []
