@@ -6,11 +6,12 @@ from slicegpt_fast.evaluation import perplexity
 from slicegpt_fast.export import export_plain
 from slicegpt_fast.patching import patch_model, patch_report, unpatch_model
 from slicegpt_fast.published import import_reference
-from slicegpt_fast.slicing import slice_model
+from slicegpt_fast.slicing import SliceOptions, slice_model
 from slicegpt_fast.streaming import slice_checkpoint
 
 __all__ = [
     "InputError",
+    "SliceOptions",
     "export_plain",
     "import_reference",
     "load_model",

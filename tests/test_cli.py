@@ -245,13 +245,13 @@ class TestSlice:
             except KeyboardInterrupt:
                 raise ValueError("could not determine the shape") from None
 
-        monkeypatch.setattr("slicegpt_fast.slicing.apply_bases", interrupted)
+        monkeypatch.setattr("slicegpt_fast.workflow.apply_bases", interrupted)
         result = run(*common, "--sequences", 5, "--sparsity", "0.2")
         assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "interrupted")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_ctrl_c(self, common, tmp_path, monkeypatch):
-        monkeypatch.setattr("slicegpt_fast.slicing.apply_bases", raises(KeyboardInterrupt))
+        monkeypatch.setattr("slicegpt_fast.workflow.apply_bases", raises(KeyboardInterrupt))
         result = run(*common, "--sequences", 5, "--sparsity", "0.2")
         assert (result.exit_code, result.stdout) == (130, "")
         assert result.stderr.splitlines()[-1] == "interrupted"
