@@ -61,6 +61,24 @@ def test_a_folder_that_an_earlier_version_saved():
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import slicegpt_fast; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import slicegpt_fast",
+        "from slicegpt_fast.errors import InputError; from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_the_format_is_registered_in_whichever_order_things_are_imported(imports):
+    folder = Path(__file__).parents[1] / "data" / "sliced-llama"
+    program = (
+        f"{imports}; import sys;"
+        "print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj.in_features)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["32"]
+
+
 @torch.no_grad()
 def test_sharded_checkpoint(tmp_path):
     sliced = sliced_model()
