@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig
 from slicegpt_fast import load_model, patch_model, save_model
 from slicegpt_fast.benchmark import Speeds, benchmark, now
 from slicegpt_fast.ops.dispatch import use_backend
-from slicegpt_fast.slicing import apply_bases, bases, make_plan
+from slicegpt_fast.slicing import SliceOptions, apply_bases, bases, make_plan
 from slicegpt_fast.slicing.layers import narrow_
 
 
@@ -99,7 +99,7 @@ def slice_once(model: PreTrainedModel, calibration: list[torch.Tensor], folder: 
             timed = watch.timed(getattr(bases, name), stage, "forward")
             stack.enter_context(patch.object(bases, name, timed))
         with watch("forward"):
-            found = bases.find_bases(model, calibration, make_plan(model, sparsity=0.25), progress=False)
+            found = bases.find_bases(model, calibration, make_plan(model, SliceOptions(sparsity=0.25)), progress=False)
     with watch("rotation"):
         sliced = apply_bases(model, found, progress=False)
     with watch("I/O"):
@@ -162,7 +162,7 @@ def speeds(geometry: str, dtype: str, harness: str) -> Speeds:
     torch.manual_seed(0)
     dense = random_model(GEOMETRIES[geometry], dtype)
     sliced = copy.deepcopy(dense)
-    narrow_(sliced, make_plan(dense, target_params=KEPT, basis="shared"))
+    narrow_(sliced, make_plan(dense, SliceOptions(target_params=KEPT, basis="shared")))
     for module in sliced.modules():
         for name, narrow in list(module.named_parameters(recurse=False)):
             if narrow.is_meta:

@@ -25,8 +25,8 @@ from slicegpt_fast import InputError, load_model, load_tokenizer, perplexity
 from slicegpt_fast.calibration import batched, join_documents, token_windows
 from slicegpt_fast.plots import plot_trade_off
 from slicegpt_fast.quickstart import smollm2, wikipedia_leads
-from slicegpt_fast.search import PLANS, plan_arguments
-from slicegpt_fast.slicing import apply_bases, block_parameters, find_bases, fit_bases, make_plan
+from slicegpt_fast.search import plans
+from slicegpt_fast.slicing import SliceOptions, apply_bases, block_parameters, find_bases, fit_bases, make_plan
 from slicegpt_fast.slicing.bases import refit_readers
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7)
@@ -39,11 +39,12 @@ REFIT_SPARSITY = 0.09  # of the shared basis: d = 520 of 576
 def measure(model, calibration, held_out, rows: list[dict]) -> Iterator[None]:
     """Add the row of every plan and budget that ``rows`` lacks."""
     known = {(row["plan"], row["budget"]) for row in rows}
-    todo = [(name, budget) for name in PLANS for budget in BUDGETS if (name, budget) not in known]
+    names = plans(model, BUDGETS[0])
+    todo = [(name, budget) for name in names for budget in BUDGETS if (name, budget) not in known]
     for name, budget in tqdm(todo, unit="slice"):
         row = {"plan": name, "budget": budget}
         try:
-            bases = fit_bases(model, calibration, progress=False, **plan_arguments(name, model, budget))
+            bases = fit_bases(model, calibration, plans(model, budget)[name], progress=False)
         except InputError as error:
             rows.append(row | {"refused": str(error)})
             continue
@@ -57,7 +58,7 @@ def measure_refit(model, windows, rows: list[dict]) -> Iterator[None]:
     """Add the row of every amount of calibration text that ``rows`` lacks."""
     first = max(REFIT_CALIBRATION)
     held_out = batched(windows[first : first + REFIT_HELD_OUT])
-    plan = make_plan(model, sparsity=REFIT_SPARSITY, basis="shared", signal="normalized")
+    plan = make_plan(model, SliceOptions(sparsity=REFIT_SPARSITY, basis="shared", signal="normalized"))
     known = {row["windows"] for row in rows}
     for count in tqdm([count for count in REFIT_CALIBRATION if count not in known], unit="calibration"):
         calibration = batched(windows[:count])
@@ -130,7 +131,7 @@ def main() -> None:
     plot_trade_off(
         {
             name: [(row["stored"], row["perplexity"]) for row in rows if row["plan"] == name and "perplexity" in row]
-            for name in PLANS
+            for name in plans(model, BUDGETS[0])
         },
         results["dense_perplexity"],
         options.out / "perplexity.png",

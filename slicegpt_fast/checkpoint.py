@@ -36,8 +36,8 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
         options.update(dtype=dtype or torch.float32, use_safetensors=None)
         if hasattr(transformers, "GgufConfig"):  # releases that would otherwise keep the blocks packed
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, report = from_pretrained(AutoModelForCausalLM, source, options)
-    missing = sorted(report["missing_keys"])
+    model, loading = from_pretrained(AutoModelForCausalLM, source, options)
+    missing = sorted(loading["missing_keys"])
     if missing:
         raise InputError(
             f"the checkpoint {source} lacks {len(missing)} tensors ({missing[0]}, ...): write or copy it again."
@@ -130,14 +130,14 @@ def check_writable(folder: str | Path) -> None:
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is not an empty folder: choose another place (--out) or remove it.")
-        TemporaryDirectory(prefix=".", dir=next(place for place in folder.parents if place.exists())).cleanup()
+        TemporaryDirectory(prefix=".", dir=next(parent for parent in folder.parents if parent.exists())).cleanup()
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error.strerror}): choose another place (--out).") from error
 
 
 def check_space(folder: Path, size: int) -> None:
     """Raise InputError unless ``size`` bytes are free on the disk that ``folder`` (absolute) is or will be on."""
-    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free < size:
         raise InputError(
             f"{folder} needs up to {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free: make room first."
@@ -192,7 +192,7 @@ def _loading(source: str | Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except StrictDataclassError as error:  # a config with a value of the wrong kind; its cause says it in one line
+    except StrictDataclassError as error:  # a config with a value of the wrong type; its cause says it in one line
         raise InputError(f"cannot load {source}: {reason(error.__cause__ or error)}.") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise InputError(f"cannot load {source}: {reason(error)}.") from error

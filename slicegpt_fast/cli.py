@@ -5,8 +5,9 @@ Whatever takes long to import is imported inside the commands.
 
 import platform
 import signal as signals
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -18,10 +19,12 @@ from typer.core import TyperGroup
 from slicegpt_fast.errors import InputError, reason
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from slicegpt_fast.search import Trial
+    from slicegpt_fast.slicing import SliceOptions
+    from slicegpt_fast.slicing.options import Basis, RoundTo
 
 TRIED = 4  # of the calibration sequences, one in so many compares the plans of --basis auto
 HELD_OUT = 16  # windows that `slice` measures perplexity on, as far as the text goes
@@ -66,6 +69,7 @@ app = typer.Typer(
 
 TEXT, RUN = "Text", "Running"  # panels of options in the help
 
+# Arguments and options of several commands.
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or GGUF file.", show_default=False)]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="New folder for the sliced model.")]
 Text = Annotated[
@@ -102,6 +106,72 @@ Dtype = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ... Default: cuda if present.", rich_help_panel=RUN),
+]
+
+
+# Options of `slice`: the fields of SliceOptions, and how the slice is made.
+Sparsity = Annotated[
+    float | None, typer.Option(metavar="SHARE", help="Delete this share of the hidden size; or --target-params.")
+]
+TargetParams = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Keep this share of the decoder blocks' stored parameters, shortcuts included."),
+]
+BasisName = Annotated[
+    str,
+    typer.Option(
+        metavar="BASIS",
+        help="per-norm: one at each norm, shortcuts between them, as published; shared: one for all; a number: "
+        "that many groups of norms; auto: the best of several plans, options included, within --target-params.",
+    ),
+]
+SignalName = Annotated[
+    Literal["raw", "normalized"],
+    typer.Option(metavar="SIGNAL", help="Fit the bases to the norms' inputs (raw) or outputs (normalized)."),
+]
+ShortcutName = Annotated[
+    Literal["dense", "aligned"],
+    typer.Option(metavar="SHORTCUT", help="dense matrices, or aligned: the same as identity minus a low rank."),
+]
+ShortcutRank = Annotated[int | None, typer.Option(metavar="N", min=0, help="Truncate aligned shortcuts to this rank.")]
+ScheduleName = Annotated[
+    Literal["uniform", "variance"],
+    typer.Option(metavar="SCHEDULE", help="uniform: one size; variance: the same share of variance at each norm."),
+]
+Refit = Annotated[
+    bool, typer.Option("--refit", help="Re-fit the readers to the dense model's inputs by least squares.")
+]
+RoundToText = Annotated[
+    str, typer.Option(metavar="N", help="Make kept sizes multiples of this; auto: of the device's tile.")
+]
+SliceHead = Annotated[bool, typer.Option("--slice-head", help="Slice the head too; shared always does.")]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Slice from file to file with one layer in memory; killed, the same command goes on. Default: where "
+        "the model, its sliced copy and the text's activations do not fit into free memory.",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
+Sequences = Annotated[int, typer.Option(metavar="N", min=1, help="Sequences to calibrate on.", rich_help_panel=TEXT)]
+Seed = Annotated[
+    int,
+    typer.Option(metavar="N", help="Shuffles the documents: files, or rows of the dataset.", rich_help_panel=TEXT),
+]
+
+# Options of `bench`.
+Dense = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The model that MODEL was sliced from, to compare with.")
+]
+HarnessNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="eager; compile: torch.compile; static: static cache, compiled decode steps, as generate runs them. "
+        "May be repeated. Default: all.",
+    ),
 ]
 
 
@@ -152,68 +222,26 @@ def quickstart(
     ),
 )
 def slice_(
+    context: typer.Context,
     model: Model,
     out: Out,
-    sparsity: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Delete this share of the hidden size; or --target-params.")
-    ] = None,
-    target_params: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", help="Keep this share of the decoder blocks' stored parameters, shortcuts included."
-        ),
-    ] = None,
-    basis: Annotated[
-        str,
-        typer.Option(
-            metavar="BASIS",
-            help="per-norm: one at each norm, shortcuts between them, as published; shared: one for all; a number: "
-            "that many groups of norms; auto: the best of several plans, options included, within --target-params.",
-        ),
-    ] = "per-norm",
-    signal: Annotated[
-        Literal["raw", "normalized"],
-        typer.Option(metavar="SIGNAL", help="Fit the bases to the norms' inputs (raw) or outputs (normalized)."),
-    ] = "raw",
-    shortcut: Annotated[
-        Literal["dense", "aligned"],
-        typer.Option(metavar="KIND", help="dense matrices, or aligned: the same as identity minus a low rank."),
-    ] = "dense",
-    shortcut_rank: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Truncate aligned shortcuts to this rank.")
-    ] = None,
-    schedule: Annotated[
-        Literal["uniform", "variance"],
-        typer.Option(metavar="KIND", help="uniform: one size; variance: the same share of variance at each norm."),
-    ] = "uniform",
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Re-fit the readers to the dense model's inputs by least squares.")
-    ] = False,
-    round_to: Annotated[
-        str, typer.Option(metavar="N", help="Make kept sizes multiples of this; auto: of the device's tile.")
-    ] = "8",
-    slice_head: Annotated[bool, typer.Option("--slice-head", help="Slice the head too; shared always does.")] = False,
-    stream: Annotated[
-        bool | None,
-        typer.Option(
-            "--stream/--no-stream",
-            help="Slice from file to file with one layer in memory; killed, the same command goes on. Default: where "
-            "the model, its sliced copy and the text's activations do not fit into free memory.",
-            rich_help_panel=RUN,
-            show_default=False,
-        ),
-    ] = None,
+    sparsity: Sparsity = None,
+    target_params: TargetParams = None,
+    basis: BasisName = "per-norm",
+    signal: SignalName = "raw",
+    shortcut: ShortcutName = "dense",
+    shortcut_rank: ShortcutRank = None,
+    schedule: ScheduleName = "uniform",
+    refit: Refit = False,
+    round_to: RoundToText = "8",
+    slice_head: SliceHead = False,
+    stream: Stream = None,
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = None,
-    sequences: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Sequences to calibrate on.", rich_help_panel=TEXT)
-    ] = 128,
+    sequences: Sequences = 128,
     length: Length = 2048,
-    seed: Annotated[
-        int,
-        typer.Option(metavar="N", help="Shuffles the documents: files, or rows of the dataset.", rich_help_panel=TEXT),
-    ] = 0,
+    seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -221,117 +249,151 @@ def slice_(
 
     Perplexity is measured on up to 16 sequences of the same text that follow those for calibration.
     """
-    import torch
-    from transformers import AutoConfig
-
-    from slicegpt_fast.calibration import batched
-    from slicegpt_fast.checkpoint import check_writable, from_pretrained, load_tokenizer, save_model
-    from slicegpt_fast.evaluation import perplexity
-    from slicegpt_fast.plots import plot_spectra, plot_trade_off
-    from slicegpt_fast.search import try_plans
-    from slicegpt_fast.slicing import apply_bases, fit_bases, slice_model
-    from slicegpt_fast.streaming import fits_in_memory, slice_checkpoint, work_folder
-    from slicegpt_fast.tables import (
-        Row,
-        comparison,
-        describe,
-        plan_title,
-        size_notes,
-        size_rows,
-        trial_table,
-    )
+    from slicegpt_fast.checkpoint import check_writable
+    from slicegpt_fast.slicing import SliceOptions
 
     check_writable(out)
     if (sparsity is None) == (target_params is None):
         raise InputError("give exactly one of --sparsity and --target-params.")
-    arguments: dict[str, Any] = {
-        "basis": int(basis) if basis.isdecimal() else basis,
-        "signal": signal,
-        "shortcut": shortcut,
-        "shortcut_rank": shortcut_rank,
-        "schedule": schedule,
-        "refit": refit,
-        "slice_head": slice_head,
-    }
-    if basis == "auto":
-        if target_params is None:
-            raise InputError("--basis auto compares plans of one size: give it as --target-params.")
-        if sequences < 2:
-            raise InputError("--basis auto holds some sequences out to compare plans: give --sequences 2 or more.")
-        defaults = signature(slice_model).parameters
-        for name, value in arguments.items():
-            if name != "basis" and value != defaults[name].default:
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"--basis auto chooses {option} itself: leave it out, or choose a basis.")
+    search = basis == "auto"
+    if search:
+        _check_search(context, target_params, sequences)
+    options = SliceOptions(
+        sparsity=sparsity,
+        target_params=target_params,
+        basis="per-norm" if search else cast("Basis", int(basis) if basis.isdecimal() else basis),
+        signal=signal,
+        shortcut=shortcut,
+        shortcut_rank=shortcut_rank,
+        schedule=schedule,
+        refit=refit,
+        round_to=cast("RoundTo", int(round_to) if round_to.isdecimal() else round_to),
+        slice_head=slice_head,
+    )
     documents = _documents(text, dataset, "calibration", split)
-    progress = errors.is_terminal
-    step: Any = int(round_to) if round_to.isdecimal() else round_to
-    size: dict[str, Any] = {"sparsity": sparsity, "target_params": target_params, "round_to": step}
-    place, kind = _device(device), getattr(torch, dtype) if dtype else None
-    if stream is None:
-        unfinished = work_folder(out).exists()
-        kept = sequences * length * (2 if refit or basis == "auto" else 1)
-        stream = unfinished or not fits_in_memory(model, dtype=kind, device=place, tokens=kept)
-        if stream:
-            why = "an earlier run is unfinished" if unfinished else "model, copy and text do not fit into memory"
-            errors.print(f"Slicing from file to file: {why}. --no-stream slices in memory all the same.")
-    if stream:
-        if basis == "auto":
-            raise InputError("--basis auto compares whole models in memory: choose a basis, or give --no-stream.")
-        config, tokenizer = from_pretrained(AutoConfig, model, {}), load_tokenizer(model)
-        calibration = _windows(config, tokenizer, documents, length, sequences, seed)[:sequences]
-        bases = slice_checkpoint(
-            model,
-            out,
-            batched(calibration),
-            tokenizer=tokenizer,
-            dtype=kind,
-            device=place,
-            progress=progress,
-            **arguments,
-            **size,
-        )
-        plot_spectra(bases, out / "spectra.png")
-        console.print(_facts(describe(str(out))))
-        return
-
-    dense, tokenizer = _load(model, dtype, device)
-    windows = _windows(dense.config, tokenizer, documents, length, sequences, seed)
-    calibration, held_out = windows[:sequences], windows[sequences : sequences + HELD_OUT]
-    trials: list[Trial] = []
-    if basis == "auto":
-        part = max(1, sequences // TRIED)
-        trials = try_plans(
-            dense,
-            batched(calibration[:-part]),
-            batched(calibration[-part:]),
-            cast(float, target_params),
-            round_to=step,
-            progress=progress,
-        )
-        console.print(trial_table(trials, f"of {sequences} sequences, {part} were held out to compare the plans"))
-        arguments = trials[0].arguments
-    bases = fit_bases(dense, batched(calibration), progress=progress, **arguments | size)
-    sliced = apply_bases(dense, bases, progress=progress)
-    rows, notes = size_rows(dense, sliced), size_notes(dense)
-    if len(held_out):
-        dense_perplexity, sliced_perplexity = (
-            perplexity(each, batched(held_out), progress=progress) for each in (dense, sliced)
-        )
-        rows.append(Row("perplexity", dense_perplexity, sliced_perplexity, "{:.2f}".format))
-        notes.append(f"Perplexity: the next {len(held_out)} sequences of {length} tokens of the text.")
+    job = SliceJob(model, out, documents, length, sequences, seed, _dtype(dtype), _device(device))
+    if not _streams(stream, job, passes=2 if refit or search else 1):
+        _slice_in_memory(job, options, search=search)
+    elif search:
+        raise InputError("--basis auto compares whole models in memory: choose a basis, or give --no-stream.")
     else:
-        notes.append("Perplexity: not measured, calibration took all of the text.")
+        _slice_in_files(job, options)
 
-    def plot(folder: Path) -> None:
-        plot_spectra(bases, folder / "spectra.png")
-        if trials:
-            points = {trial.name: [(trial.stored, trial.perplexity)] for trial in trials}
-            plot_trade_off(points, perplexity(dense, batched(calibration[-part:])), folder / "plans.png")
 
-    save_model(sliced, out, tokenizer, also=plot)
-    console.print(comparison(plan_title(model, bases.plan), rows, notes))
-    console.print(f"Saved to {out}, with its spectra in {out / 'spectra.png'}.")
+@dataclass(frozen=True)
+class SliceJob:
+    """What one call of ``slice`` works on: a model, a folder to write, and text."""
+
+    model: str
+    out: Path
+    documents: list[str]
+    length: int
+    sequences: int
+    seed: int
+    dtype: "torch.dtype | None"
+    device: str
+
+    def windows(self, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", "Tensor"]:
+        """Return the sequences to calibrate on, and those to measure on: as many as there are, 16 at most."""
+        windows = _windows(config, tokenizer, self.documents, self.length, self.sequences, self.seed)
+        return windows[: self.sequences], windows[self.sequences : self.sequences + HELD_OUT]
+
+
+def _check_search(context: typer.Context, target_params: float | None, sequences: int) -> None:
+    """Raise InputError unless the options given on the command line leave the plan to ``--basis auto``."""
+    from slicegpt_fast.slicing import SliceOptions
+
+    if target_params is None:
+        raise InputError("--basis auto compares plans of one size: give it as --target-params.")
+    if sequences < 2:
+        raise InputError("--basis auto holds some sequences out to compare plans: give --sequences 2 or more.")
+    for field in fields(SliceOptions):
+        source = context.get_parameter_source(field.name)  # None: not an option of the command
+        chosen = field.name not in ("target_params", "basis", "round_to")
+        if chosen and source is not None and source.name != "DEFAULT":
+            option = f"--{field.name.replace('_', '-')}"
+            raise InputError(f"--basis auto chooses {option} itself: leave it out, or choose a basis.")
+
+
+def _streams(stream: bool | None, job: SliceJob, *, passes: int) -> bool:
+    """Whether to slice from file to file: as told, or else where that goes on with a run or memory is too small."""
+    from slicegpt_fast.streaming import fits_in_memory, work_folder
+
+    if stream is not None:
+        return stream
+    unfinished = work_folder(job.out).exists()
+    tokens = passes * job.sequences * job.length
+    if not unfinished and fits_in_memory(job.model, dtype=job.dtype, device=job.device, tokens=tokens):
+        return False
+    why = "an earlier run is unfinished" if unfinished else "model, copy and text do not fit into memory"
+    errors.print(f"Slicing from file to file: {why}. --no-stream slices in memory all the same.")
+    return True
+
+
+def _slice_in_files(job: SliceJob, options: "SliceOptions") -> None:
+    from transformers import AutoConfig
+
+    from slicegpt_fast.calibration import batched
+    from slicegpt_fast.checkpoint import from_pretrained, load_tokenizer
+    from slicegpt_fast.inspection import describe
+    from slicegpt_fast.plots import plot_spectra
+    from slicegpt_fast.streaming import slice_checkpoint
+
+    tokenizer = load_tokenizer(job.model)
+    calibration, _ = job.windows(from_pretrained(AutoConfig, job.model, {}), tokenizer)
+    bases = slice_checkpoint(
+        job.model,
+        job.out,
+        batched(calibration),
+        tokenizer=tokenizer,
+        dtype=job.dtype,
+        device=job.device,
+        progress=errors.is_terminal,
+        **options.arguments(),
+    )
+    plot_spectra(bases, job.out / "spectra.png")
+    console.print(_facts(describe(str(job.out))))
+
+
+def _slice_in_memory(job: SliceJob, options: "SliceOptions", *, search: bool) -> None:
+    from slicegpt_fast import workflow
+
+    progress = errors.is_terminal
+    dense, tokenizer = workflow.load(job.model, dtype=job.dtype, device=job.device)
+    calibration, held_out = job.windows(dense.config, tokenizer)
+    plot: Callable[[Path], None] = lambda folder: None  # noqa: E731
+    if search:
+        options, plot = _search(dense, calibration, options)
+    bases, sliced = workflow.slice_windows(dense, calibration, options, progress=progress)
+    note = f"Perplexity: the next {len(held_out)} sequences of {job.length} tokens of the text."
+    if not len(held_out):
+        note = "Perplexity: not measured, calibration took all of the text."
+    table = workflow.compare(job.model, dense, sliced, bases.plan, held_out, note=note, progress=progress)
+    saved = workflow.save(sliced, tokenizer, bases, job.out, also=plot)
+    console.print(table)
+    console.print(saved)
+
+
+def _search(
+    dense: "PreTrainedModel", calibration: "Tensor", options: "SliceOptions"
+) -> tuple["SliceOptions", Callable[[Path], None]]:
+    """Try the plans within the budget of ``options``; return those of the best, and what draws all into a folder."""
+    from slicegpt_fast.calibration import batched
+    from slicegpt_fast.evaluation import perplexity
+    from slicegpt_fast.plots import plot_trade_off
+    from slicegpt_fast.search import try_plans
+    from slicegpt_fast.tables import trial_table
+
+    assert options.target_params is not None
+    part = max(1, len(calibration) // TRIED)
+    tried, held_out = batched(calibration[:-part]), batched(calibration[-part:])
+    size, step = options.target_params, options.round_to
+    trials = try_plans(dense, tried, held_out, size, round_to=step, progress=errors.is_terminal)
+    caption = f"of {len(calibration)} sequences, {part} were held out to compare the plans"
+    console.print(trial_table(trials, caption))
+    points = {trial.name: [(trial.stored, trial.perplexity)] for trial in trials}
+    level = perplexity(dense, held_out)
+    return trials[0].options, lambda folder: plot_trade_off(points, level, folder / "plans.png")
 
 
 @app.command(
@@ -399,17 +461,8 @@ def generate(
 )
 def bench(
     model: Model,
-    dense: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model that MODEL was sliced from, to compare with.")
-    ] = None,
-    harness: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="eager; compile: torch.compile; static: static cache, compiled decode steps, as generate runs them. "
-            "May be repeated. Default: all.",
-        ),
-    ] = None,
+    dense: Dense = None,
+    harness: HarnessNames = None,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences at a time.")] = 1,
     prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each prompt, random.")] = 512,
     new: Annotated[int, typer.Option(metavar="N", min=1, help="Decode steps after it.")] = 32,
@@ -420,33 +473,19 @@ def bench(
     device: Device = None,
 ) -> None:
     """Measure prefill and decode speed of a model, as it is and patched with fused kernels, against the hardware."""
-    import copy
     import json
     from dataclasses import asdict
 
     import torch
 
     from slicegpt_fast.benchmark import HARNESSES, benchmark
-    from slicegpt_fast.checkpoint import check_writable, load_model, write_folder
-    from slicegpt_fast.patching import patch_model
+    from slicegpt_fast.checkpoint import check_writable, write_folder
     from slicegpt_fast.plots import plot_speeds
-    from slicegpt_fast.slicing import slice_config_of
     from slicegpt_fast.tables import speed_notes, speed_table
 
     if out is not None:
         check_writable(out)
-    place, kind = _device(device), getattr(torch, dtype) if dtype else None
-    models: dict[str, Any] = {}
-    if dense is not None:
-        models["dense"] = load_model(dense, dtype=kind)
-        kind = models["dense"].dtype
-    loaded: Any = load_model(model, dtype=kind)
-    name = "sliced" if dense is not None or slice_config_of(loaded.config) else "dense"
-    models |= {name: loaded, "patched": copy.deepcopy(loaded)}
-    for each in models.values():
-        each.to(place)
-    patch_model(models["patched"], strict=True)
-
+    models = _contenders(model, dense, _dtype(dtype), _device(device))
     vocabulary = min(each.config.vocab_size for each in models.values())
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
     speeds = benchmark(models, ids, new_tokens=new, harnesses=harness or list(HARNESSES), progress=errors.is_terminal)
@@ -459,6 +498,28 @@ def bench(
 
         write_folder(out, write)
         console.print(f"Saved to {out}.")
+
+
+def _contenders(
+    model: str, dense: str | None, dtype: "torch.dtype | None", device: str
+) -> dict[str, "PreTrainedModel"]:
+    """Return the models that ``bench`` compares, by name, in the dense one's dtype unless told another."""
+    import copy
+
+    from slicegpt_fast.checkpoint import load_model
+    from slicegpt_fast.patching import patch_model
+    from slicegpt_fast.slicing import slice_config_of
+
+    models: dict[str, Any] = {}  # Any: transformers decorates ``to``
+    if dense is not None:
+        models["dense"] = load_model(dense, dtype=dtype)
+        dtype = models["dense"].dtype
+    loaded = load_model(model, dtype=dtype)
+    name = "sliced" if dense is not None or slice_config_of(loaded) else "dense"
+    models |= {name: loaded, "patched": copy.deepcopy(loaded)}
+    models = {name: each.to(device) for name, each in models.items()}
+    patch_model(models["patched"], strict=True)
+    return models
 
 
 @app.command(epilog=examples("slicegpt-fast export llama-sliced --out llama-plain"))
@@ -490,7 +551,7 @@ def info(
     ] = False,
 ) -> None:
     """What a model is, from its config alone; without MODEL, what this installation is."""
-    from slicegpt_fast.tables import describe
+    from slicegpt_fast.inspection import describe
 
     if kernels:
         from slicegpt_fast.ops import kernel_table
@@ -578,15 +639,17 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _load(source: str, dtype: str | None, device: str | None) -> tuple[Any, "PreTrainedTokenizerBase"]:
-    """A model on its device (typed Any: transformers mixes in ``generate`` and decorates ``to``), and its tokenizer."""
+def _dtype(name: str | None) -> "torch.dtype | None":
     import torch
 
-    from slicegpt_fast.checkpoint import load_model, load_tokenizer
+    return getattr(torch, name) if name else None
 
-    place, tokenizer = _device(device), load_tokenizer(source)
-    model: Any = load_model(source, dtype=getattr(torch, dtype) if dtype else None)
-    return model.to(place), tokenizer
+
+def _load(source: str, dtype: str | None, device: str | None) -> tuple[Any, "PreTrainedTokenizerBase"]:
+    """A model on its device (typed Any: transformers mixes in ``generate``), and its tokenizer."""
+    from slicegpt_fast import workflow
+
+    return workflow.load(source, dtype=_dtype(dtype), device=_device(device))
 
 
 def _documents(

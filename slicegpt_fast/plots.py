@@ -24,13 +24,13 @@ def plot_speeds(title: str, speeds: Speeds, path: Path) -> None:
     for axes, phase in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
         for number, name in enumerate(models):
             rows = [row for row in speeds.rows if row.model == name]
-            places = np.arange(len(harnesses)) + width * (number - (len(models) - 1) / 2)
+            positions = np.arange(len(harnesses)) + width * (number - (len(models) - 1) / 2)
             values = np.array([getattr(row, phase) for row in rows])
             limits = values / np.array([getattr(row, f"{phase}_share") for row in rows])
-            bars = axes.bar(places, values, 0.9 * width, label=name)
+            bars = axes.bar(positions, values, 0.9 * width, label=name)
             axes.bar_label(bars, fmt="{:.0f}", fontsize=8)
             label = "floor of the hardware" if number == len(models) - 1 else None
-            axes.hlines(limits, places - 0.45 * width, places + 0.45 * width, color="black", lw=1.5, label=label)
+            axes.hlines(limits, positions - 0.45 * width, positions + 0.45 * width, color="black", lw=1.5, label=label)
         axes.set_xticks(range(len(harnesses)), harnesses)
         axes.set_title(phase)
         axes.set_ylabel("tokens per second")

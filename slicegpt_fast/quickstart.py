@@ -20,25 +20,17 @@ from zipfile import ZipFile
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slicegpt_fast import workflow
 from slicegpt_fast.benchmark import benchmark
 from slicegpt_fast.calibration import batched, join_documents, text_documents, token_windows
 from slicegpt_fast.checkpoint import check_writable, load_model, load_tokenizer, save_model
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.evaluation import perplexity
 from slicegpt_fast.patching import patch_model
-from slicegpt_fast.plots import plot_spectra
-from slicegpt_fast.slicing import apply_bases, find_bases, fit_bases, make_plan
-from slicegpt_fast.tables import (
-    Row,
-    comparison,
-    plan_title,
-    size_notes,
-    size_rows,
-    speed_notes,
-    speed_table,
-)
+from slicegpt_fast.slicing import SliceOptions, find_bases, make_plan
+from slicegpt_fast.tables import speed_notes, speed_table
 
 LENGTH = 512
 CALIBRATION = 24  # windows, the first of the text
@@ -158,42 +150,37 @@ def run(
     check_writable(out)
     name, source = model or "SmolLM2-135M-Instruct", model or smollm2()
     documents = text_documents(text) if text else wikipedia_leads()
-    dense, tokenizer = load_model(source), load_tokenizer(source)
-    dense.to(device)  # type: ignore[arg-type]  # transformers' decorator hides self
+    dense, tokenizer = workflow.load(source, device=device)
     windows = token_windows(
         tokenizer, join_documents(documents, seed=0)[:CHARACTERS], LENGTH, count=FIRST_HELD_OUT + HELD_OUT
     )
     calibration, held_out = windows[:CALIBRATION], windows[FIRST_HELD_OUT : FIRST_HELD_OUT + HELD_OUT]
 
-    plan: dict[str, Any] = {"target_params": target_params, "basis": "shared", "signal": "normalized"}
-    bases = fit_bases(dense, batched(calibration), refit=True, progress=progress, **plan)
-    sliced = apply_bases(dense, bases, progress=progress)
-    uncut = make_plan(dense, sparsity=0, basis="per-norm", signal="normalized")
+    options = SliceOptions(target_params=target_params, basis="shared", signal="normalized", refit=True)
+    bases, sliced = workflow.slice_windows(dense, calibration, options, progress=progress)
+    uncut = make_plan(dense, SliceOptions(sparsity=0, signal="normalized"))
     sites = find_bases(dense, batched(calibration[:SITES]), uncut, progress=progress).spectra
-
-    dense_perplexity, sliced_perplexity = (
-        perplexity(each, batched(held_out), progress=progress) for each in (dense, sliced)
-    )
-    rows = [*size_rows(dense, sliced), Row("perplexity", dense_perplexity, sliced_perplexity, "{:.2f}".format)]
-    notes = [*size_notes(dense), f"Perplexity: {HELD_OUT} windows of {LENGTH} tokens that calibration did not see."]
-    console.print(comparison(plan_title(name, bases.plan), rows, notes))
+    note = f"Perplexity: {HELD_OUT} windows of {LENGTH} tokens that calibration did not see."
+    console.print(workflow.compare(name, dense, sliced, bases.plan, held_out, note=note, progress=progress))
 
     models = {"dense": dense, "sliced": sliced, "patched": patch_model(copy.deepcopy(sliced))}
     speeds = benchmark(models, held_out[:1], progress=progress)
     console.print()
     console.print(speed_table("Speed; patched: sliced, and run on the fused kernels", speeds, speed_notes(speeds)))
+    for label in ("dense", "sliced"):
+        console.print(f"\n{label}: {continuation(models[label], tokenizer, PROMPT)}")
 
-    for kind, each in (("dense", dense), ("sliced", sliced)):
-        console.print(f"\n{kind}: {continuation(each, tokenizer, PROMPT)}")
-
-    save_model(sliced, out, tokenizer, also=lambda folder: plot_spectra(bases, folder / "spectra.png", sites=sites))
-    reloaded = load_model(out)
-    reloaded.to(device)  # type: ignore[arg-type]
-    with torch.inference_mode():
-        prompt = held_out[:1].to(device)
-        same = torch.equal(sliced(prompt).logits, reloaded(prompt).logits)
-    console.print(f"\nSaved to {out}, with its spectra in {out / 'spectra.png'}.")
+    console.print("\n" + workflow.save(sliced, tokenizer, bases, out, sites=sites))
+    same = reloads(sliced, out, held_out[:1])
     console.print(f"Reloaded from there: logits {'equal bit for bit' if same else 'DIFFER'}.")
+
+
+@torch.inference_mode()
+def reloads(model: PreTrainedModel, folder: Path, prompt: Tensor) -> bool:
+    """Whether what was saved in ``folder`` gives the logits of ``model``, bit for bit."""
+    reloaded: Any = load_model(folder)
+    prompt = prompt.to(model.device)
+    return torch.equal(model(prompt).logits, reloaded.to(model.device)(prompt).logits)
 
 
 def continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

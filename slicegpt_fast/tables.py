@@ -9,16 +9,13 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from slicegpt_fast.benchmark import Speeds
-from slicegpt_fast.checkpoint import load_skeleton
-from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
 from slicegpt_fast.search import Trial
-from slicegpt_fast.slicing import SlicePlan, block_parameters, slice_config_of
-from slicegpt_fast.slicing.layers import narrow_
+from slicegpt_fast.slicing import SlicePlan, block_parameters
 
 
-class Row(NamedTuple):
-    """One measure of the two models."""
+class Measure(NamedTuple):
+    """A measure of the dense and of the sliced model."""
 
     label: str
     dense: float
@@ -34,18 +31,18 @@ def decimal(value: float) -> str:
     return f"{value:.1f}"
 
 
-def size_rows(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[Row]:
+def size_measures(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[Measure]:
     """What follows from the models alone: stored parameters, bytes, FLOPs per token."""
     return [
-        Row("stored parameters", stored_parameters(dense), stored_parameters(sliced), decimal),
-        Row("  in decoder blocks", block_parameters(dense), block_parameters(sliced), decimal),
-        Row("bytes", stored_bytes(dense), stored_bytes(sliced), lambda size: f"{decimal(size)}B"),
-        Row("matmul FLOPs per token", flops_per_token(dense), flops_per_token(sliced), decimal),
+        Measure("stored parameters", stored_parameters(dense), stored_parameters(sliced), decimal),
+        Measure("  in decoder blocks", block_parameters(dense), block_parameters(sliced), decimal),
+        Measure("bytes", stored_bytes(dense), stored_bytes(sliced), lambda size: f"{decimal(size)}B"),
+        Measure("matmul FLOPs per token", flops_per_token(dense), flops_per_token(sliced), decimal),
     ]
 
 
 def size_notes(dense: PreTrainedModel) -> list[str]:
-    """What has to be said beside :func:`size_rows`."""
+    """What has to be said beside :func:`size_measures`."""
     notes = ["FLOPs: 2 for each weight of each matrix, head included; attention scores excluded."]
     if dense.config.tie_word_embeddings:
         notes.insert(0, "Stored: the dense model's head is its embedding table; slicing makes two tables of them.")
@@ -63,48 +60,12 @@ def plan_title(name: str, plan: SlicePlan) -> str:
     return f"{name}, {plan.basis} basis, {plan.signal} signal, {kept_directions(plan)} directions kept"
 
 
-def describe(source: str) -> dict[str, str]:
-    """What a model is, dense or sliced, from its config alone: no weight is read.
-
-    Args:
-        source: a hub id or a local folder.
-
-    Raises:
-        InputError: there is no config of a causal language model.
-    """
-    model = load_skeleton(source)
-    config = model.config
-    facts = {"model type": config.model_type, "dtype": str(config.dtype or "not recorded")}
-    try:
-        dense_blocks = block_parameters(model)
-    except InputError as error:
-        return {**facts, "sliced": f"no, and it cannot be: {error}"}
-    if slice_config := slice_config_of(config):
-        plan = slice_config.plan()
-        narrow_(model, plan)
-        shortcuts = f"{plan.shortcut} shortcuts" if len(set(plan.groups)) > 1 else "no shortcuts"
-        rank = "" if plan.shortcut_rank is None else f" of rank {plan.shortcut_rank} at most"
-        facts |= {
-            "sliced": f"{plan.basis} basis, {plan.signal} signal, {shortcuts}{rank}",
-            "calibrated on": f"{slice_config.calibration_tokens} tokens",
-            "directions kept": f"{kept_directions(plan)}, {plan.widths[-1]} at the head",
-        }
-    else:
-        facts["sliced"] = "no, but it can be"
-    blocks = block_parameters(model)
-    return {
-        **facts,
-        "stored parameters": decimal(stored_parameters(model)),
-        "  in decoder blocks": f"{decimal(blocks)} ({blocks / dense_blocks:.3f} of the dense model's)",
-    }
-
-
-def comparison(title: str, rows: Iterable[Row], notes: Iterable[str]) -> Group:
+def comparison(title: str, measures: Iterable[Measure], notes: Iterable[str]) -> Group:
     """The table dense | sliced | sliced / dense, with notes below it."""
     table = Table("", title=title, title_justify="left", title_style="bold")
     for name in ("dense", "sliced", "sliced / dense"):
         table.add_column(name, justify="right")
-    for label, dense, sliced, form in rows:
+    for label, dense, sliced, form in measures:
         table.add_row(label, form(dense), form(sliced), f"{sliced / dense:.3f}")
     return Group(table, *(Text(note, style="dim") for note in notes))
 

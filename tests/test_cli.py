@@ -245,13 +245,13 @@ class TestSlice:
             except KeyboardInterrupt:
                 raise ValueError("could not determine the shape") from None
 
-        monkeypatch.setattr("slicegpt_fast.slicing.apply_bases", interrupted)
+        monkeypatch.setattr("slicegpt_fast.workflow.apply_bases", interrupted)
         result = run(*common, "--sequences", 5, "--sparsity", "0.2")
         assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "interrupted")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_ctrl_c(self, common, tmp_path, monkeypatch):
-        monkeypatch.setattr("slicegpt_fast.slicing.apply_bases", raises(KeyboardInterrupt))
+        monkeypatch.setattr("slicegpt_fast.workflow.apply_bases", raises(KeyboardInterrupt))
         result = run(*common, "--sequences", 5, "--sparsity", "0.2")
         assert (result.exit_code, result.stdout) == (130, "")
         assert result.stderr.splitlines()[-1] == "interrupted"
@@ -415,3 +415,13 @@ def test_the_installed_script(model, texts, tmp_path):
     bad = subprocess.run([*command, tmp_path / "gone"], capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == f"error: text {tmp_path / 'gone'} does not exist: give text files or folders of text files.\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["slice", "--help"], ["slice"]])
+def test_help_imports_nothing_that_takes_long(arguments):
+    script = Path(sys.executable).with_name("slicegpt-fast")
+    run = subprocess.run([sys.executable, "-X", "importtime", script, *arguments], capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    assert {"slicegpt_fast", "slicegpt_fast.cli", "typer"} <= imported
+    assert not {"numpy", "torch", "transformers", "matplotlib"} & imported
+    assert run.returncode == (0 if "--help" in arguments else 2)

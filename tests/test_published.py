@@ -11,7 +11,7 @@ from models import tiny_model, tokens
 from torch.nn.functional import embedding, gelu, linear, relu, scaled_dot_product_attention, silu
 
 from slicegpt_fast import InputError, import_reference, load_model, save_model
-from slicegpt_fast.slicing import apply_bases, find_bases, make_plan
+from slicegpt_fast.slicing import SliceOptions, apply_bases, find_bases, make_plan
 
 LAYERS, FULL = 3, 48
 WIDTHS = {  # of every norm site; Phi's attention and MLP share one
@@ -67,7 +67,7 @@ def make_checkpoint(family, folder, widths=None):
     """A sliced model of ``family`` and its two files."""
     widths = widths or WIDTHS[family]
     dense = tiny_model(family, **OPTIONS[family])
-    plan = dataclasses.replace(make_plan(dense, sparsity=0, slice_head=True), widths=widths)
+    plan = dataclasses.replace(make_plan(dense, SliceOptions(sparsity=0, slice_head=True)), widths=widths)
     model = apply_bases(dense, find_bases(dense, [tokens(4, 32, seed=1)], plan, progress=False), progress=False)
     return model, *write(model, folder, widths=widths)
 

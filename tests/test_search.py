@@ -9,7 +9,7 @@ from models import tiny_model, tokens
 
 from slicegpt_fast import InputError, slice_model
 from slicegpt_fast.evaluation import perplexity
-from slicegpt_fast.search import PLANS, try_plans
+from slicegpt_fast.search import plans, try_plans
 from slicegpt_fast.slicing import apply_bases, block_parameters
 
 CALIBRATION, HELD_OUT = [tokens(4, 32, seed=1)], [tokens(4, 32, seed=2)]
@@ -19,10 +19,10 @@ CALIBRATION, HELD_OUT = [tokens(4, 32, seed=1)], [tokens(4, 32, seed=2)]
 def test_every_plan_is_measured_as_it_would_be_sliced(family):
     model = tiny_model(family)
     trials = try_plans(model, CALIBRATION, HELD_OUT, 0.85, progress=False)
-    assert {trial.name for trial in trials} == set(PLANS)
+    assert {trial.name for trial in trials} == set(plans(model, 0.85))
     assert [trial.perplexity for trial in trials] == sorted(trial.perplexity for trial in trials)
     for trial in (trials[0], trials[-1]):
-        sliced = slice_model(model, CALIBRATION, progress=False, **trial.arguments)
+        sliced = slice_model(model, CALIBRATION, progress=False, **vars(trial.options))
         assert block_parameters(sliced) / block_parameters(model) == trial.stored <= 0.85
         assert perplexity(sliced, HELD_OUT) == pytest.approx(trial.perplexity, rel=1e-4)
 
@@ -42,7 +42,7 @@ def test_one_sliced_model_at_a_time(monkeypatch):
         try_plans(tiny_model(), CALIBRATION, HELD_OUT, 0.85, progress=False)
     finally:
         gc.enable()
-    assert len(made) == len(PLANS)
+    assert len(made) == len(plans(tiny_model(), 0.85))
 
 
 def test_plans_whose_perplexity_is_nan_come_last(monkeypatch):
@@ -54,13 +54,13 @@ def test_plans_whose_perplexity_is_nan_come_last(monkeypatch):
 
 def test_sizes_are_multiples_of_round_to():
     trials = try_plans(tiny_model(), CALIBRATION, HELD_OUT, 0.85, round_to=5, progress=False)
-    assert all(trial.width % 5 == 0 and trial.arguments["round_to"] == 5 for trial in trials)
+    assert all(trial.width % 5 == 0 and trial.options.round_to == 5 for trial in trials)
 
 
 def test_plans_that_cannot_meet_the_budget_are_left_out():
     model = tiny_model()
     trials = try_plans(model, CALIBRATION, HELD_OUT, 0.2, progress=False)
-    assert 0 < len(trials) < len(PLANS)
+    assert 0 < len(trials) < len(plans(model, 0.2))
 
 
 def test_a_budget_that_no_plan_meets():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
 from slicegpt_fast import InputError, load_model, save_model, slice_checkpoint, slice_model
-from slicegpt_fast.slicing import make_plan
+from slicegpt_fast.slicing import SliceOptions, make_plan
 from slicegpt_fast.streaming import fits_in_memory, memory
 from slicegpt_fast.streaming.memory import Needs, estimate
 from slicegpt_fast.streaming.shards import Shards
@@ -229,9 +229,9 @@ def test_memory_of_many_layers_and_sigkill(tmp_path):
     model = load_model(source)
     save_model(slice_model(model, SAMPLE, sparsity=0.25, progress=False), tmp_path / "expected")
     assert_same(tmp_path / "out", tmp_path / "expected")
-    plan = make_plan(model, sparsity=0.25)
+    plan = make_plan(model, SliceOptions(sparsity=0.25))
     batches = [{"input_ids": batch} for batch in SAMPLE]
-    needs = estimate(model, plan, batches, {"refit": False, "schedule": "uniform"})
+    needs = estimate(model, plan, batches, SliceOptions(sparsity=0.25))
     assert growth < needs.working < model.get_memory_footprint() / 3
 
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 from models import tiny_model, tokens
 from rich.console import Console
-from transformers import BertConfig
 
-from slicegpt_fast import InputError, save_model, slice_model
+from slicegpt_fast import slice_model
 from slicegpt_fast.evaluation import flops_per_token, stored_parameters
 from slicegpt_fast.plots import plot_spectra
-from slicegpt_fast.slicing import block_parameters, fit_bases
-from slicegpt_fast.tables import Row, comparison, decimal, describe, size_notes, size_rows
+from slicegpt_fast.slicing import SliceOptions, block_parameters, fit_bases
+from slicegpt_fast.tables import Measure, comparison, decimal, size_measures, size_notes
 
 
 @pytest.mark.parametrize(
@@ -27,7 +26,7 @@ def test_decimal(value, text):
 def test_comparison():
     page = StringIO()
     Console(width=100, file=page).print(
-        comparison("A model", [Row("perplexity", 10.0, 12.5, "{:.2f}".format)], ["One note.", "[b]Two."])
+        comparison("A model", [Measure("perplexity", 10.0, 12.5, "{:.2f}".format)], ["One note.", "[b]Two."])
     )
     lines = [line.strip() for line in page.getvalue().splitlines()]
     assert lines[0] == "A model"
@@ -38,7 +37,7 @@ def test_comparison():
 def test_sizes():
     dense = tiny_model(tied=True)
     sliced = slice_model(dense, [tokens(4, 32)], sparsity=0.25, progress=False)
-    rows = {row.label.strip(): (row.dense, row.sliced) for row in size_rows(dense, sliced)}
+    rows = {row.label.strip(): (row.dense, row.sliced) for row in size_measures(dense, sliced)}
     assert rows == {
         "stored parameters": (stored_parameters(dense), stored_parameters(sliced)),
         "in decoder blocks": (block_parameters(dense), block_parameters(sliced)),
@@ -49,92 +48,13 @@ def test_sizes():
     assert [note.partition(":")[0] for note in size_notes(tiny_model())] == ["FLOPs"]
 
 
-class TestDescribe:
-    def test_dense(self, tmp_path):
-        model = tiny_model(tied=True, dtype=torch.bfloat16)
-        save_model(model, tmp_path / "model")
-        facts = describe(str(tmp_path / "model"))
-        assert facts == {
-            "model type": "llama",
-            "dtype": "torch.bfloat16",
-            "sliced": "no, but it can be",
-            "stored parameters": decimal(stored_parameters(model)),
-            "  in decoder blocks": f"{decimal(block_parameters(model))} (1.000 of the dense model's)",
-        }
-
-    @pytest.mark.parametrize(
-        ("arguments", "sliced", "kept"),
-        [
-            ({}, "per-norm basis, raw signal, dense shortcuts", "36 of 48, 48 at the head"),
-            (
-                dict(basis="shared", signal="normalized"),
-                "shared basis, normalized signal, no shortcuts",
-                "36 of 48, 36 at the head",
-            ),
-            (
-                dict(shortcut="aligned", shortcut_rank=4, slice_head=True),
-                "per-norm basis, raw signal, aligned shortcuts of rank 4 at most",
-                "36 of 48, 36 at the head",
-            ),
-            (
-                dict(sparsity=None, widths=[40, 40, 32, 24, 32, 40, 48]),
-                "per-norm basis, raw signal, dense shortcuts",
-                "24 to 40 of 48, 48 at the head",
-            ),
-        ],
-    )
-    def test_sliced(self, arguments, sliced, kept, tmp_path):
-        dense = tiny_model(tied=True)
-        options = dict(sparsity=0.25, round_to=1) | arguments
-        model = slice_model(dense, [tokens(4, 32)], progress=False, **options)
-        save_model(model, tmp_path / "model")
-        facts = describe(str(tmp_path / "model"))
-        share = block_parameters(model) / block_parameters(dense)
-        assert facts == {
-            "model type": "llama",
-            "dtype": "torch.float32",
-            "sliced": sliced,
-            "calibrated on": "128 tokens",
-            "directions kept": kept,
-            "stored parameters": decimal(stored_parameters(model)),
-            "  in decoder blocks": f"{decimal(block_parameters(model))} ({share:.3f} of the dense model's)",
-        }
-
-    def test_reads_no_weights(self, tmp_path):
-        save_model(tiny_model(), tmp_path / "model")
-        (tmp_path / "model" / "model.safetensors").unlink()
-        assert describe(str(tmp_path / "model"))["sliced"] == "no, but it can be"
-
-    def test_a_family_that_cannot_be_sliced(self, tmp_path):
-        BertConfig(is_decoder=True).save_pretrained(tmp_path)
-        facts = describe(str(tmp_path))
-        assert facts.keys() == {"model type", "dtype", "sliced"}
-        assert facts["sliced"].startswith("no, and it cannot be: model type 'bert' is not supported: ")
-
-    @pytest.mark.parametrize(
-        "content",
-        [
-            None,
-            "{",
-            '{"model_type": "nonsense"}',
-            '{"model_type": "clip"}',
-            '{"model_type": "llama", "hidden_size": "64"}',
-        ],
-    )
-    def test_no_model(self, content, tmp_path):
-        if content:
-            (tmp_path / "config.json").write_text(content)
-        with pytest.raises(InputError, match=f"^cannot load {tmp_path}: "):
-            describe(str(tmp_path))
-
-
 @pytest.mark.parametrize("basis", ["per-norm", "shared", 2])
 def test_plot(basis, tmp_path):
     model = tiny_model()
-    bases = fit_bases(model, [tokens(4, 32)], sparsity=0.5, basis=basis, progress=False)
+    bases = fit_bases(model, [tokens(4, 32)], SliceOptions(sparsity=0.5, basis=basis), progress=False)
     plot_spectra(bases, tmp_path / "plain.png")
     plot_spectra(bases, tmp_path / "again.png")
-    sites = fit_bases(model, [tokens(4, 32)], sparsity=0, progress=False).spectra
+    sites = fit_bases(model, [tokens(4, 32)], SliceOptions(sparsity=0), progress=False).spectra
     plot_spectra(bases, tmp_path / "sites.png", sites=sites)
     plain, again, with_sites = (
         matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("plain", "again", "sites")
@@ -146,7 +66,7 @@ def test_plot(basis, tmp_path):
 
 def test_plot_of_a_stream_that_fills_few_directions(tmp_path):
     """Eigenvalues of zero, and less than zero by rounding, are drawn at the floor without a warning."""
-    bases = fit_bases(tiny_model(), [tokens(4, 32)], sparsity=0.5, basis="shared", progress=False)
+    bases = fit_bases(tiny_model(), [tokens(4, 32)], SliceOptions(sparsity=0.5, basis="shared"), progress=False)
     bases.spectra[:, 10:] = torch.linspace(0, -1e-17, 38)
     plot_spectra(bases, tmp_path / "flat.png")
     assert matplotlib.image.imread(tmp_path / "flat.png").shape == (750, 1800, 4)

@@ -6,6 +6,7 @@ quantizer registered here, which narrows it, and fills it from safetensors.
 """
 
 import math
+from dataclasses import fields
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -17,36 +18,26 @@ from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.layers import narrow_
-from slicegpt_fast.slicing.plan import Basis, Shortcut, Signal, SlicePlan, check_plan
+from slicegpt_fast.slicing.plan import SlicePlan, check_plan
 
 METHOD = "slicegpt"
 
 
 @register_quantization_config(METHOD)
 class SliceConfig(QuantizationConfigMixin):
-    """The plan of a sliced model as its config stores it; the fields are those of :class:`SlicePlan`."""
+    """The plan of a sliced model as its config stores it: the fields of :class:`SlicePlan`, tuples as lists.
 
-    def __init__(
-        self,
-        basis: Basis,
-        signal: Signal,
-        full_width: int,
-        widths: list[int],
-        groups: list[int],
-        shortcut: Shortcut,
-        shortcut_rank: int | None,
-        calibration_tokens: int,
-        quant_method: str = METHOD,
-    ) -> None:
+    transformers writes the attributes into ``config.json`` and makes the object of what it finds there.
+
+    Attributes:
+        calibration_tokens: how many tokens the bases were fitted to.
+    """
+
+    def __init__(self, calibration_tokens: int, quant_method: str = METHOD, **plan: Any) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' enum holds its own methods only
-        self.basis = basis
-        self.signal = signal
-        self.full_width = full_width
-        self.widths = widths
-        self.groups = groups
-        self.shortcut = shortcut
-        self.shortcut_rank = shortcut_rank
         self.calibration_tokens = calibration_tokens
+        for name, value in vars(SlicePlan(**plan)).items():  # a TypeError where these are not its fields
+            setattr(self, name, list(value) if isinstance(value, tuple) else value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -61,20 +52,15 @@ class SliceConfig(QuantizationConfigMixin):
     @classmethod
     def from_bases(cls, bases: Bases) -> "SliceConfig":
         """The config of a model sliced with ``bases``."""
-        fields = vars(bases.plan) | {"widths": list(bases.plan.widths), "groups": list(bases.plan.groups)}
-        return cls(**fields, calibration_tokens=bases.tokens)
+        return cls(bases.tokens, **vars(bases.plan))
 
     def plan(self) -> SlicePlan:
         """The plan that the model was sliced by."""
-        return SlicePlan(
-            self.basis,
-            self.signal,
-            self.full_width,
-            tuple(self.widths),
-            tuple(self.groups),
-            self.shortcut,
-            self.shortcut_rank,
-        )
+        values: dict[str, Any] = {}
+        for field in fields(SlicePlan):
+            value = getattr(self, field.name)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        return SlicePlan(**values)
 
 
 def slice_config_of(model_or_config: Any) -> SliceConfig | None:

@@ -6,22 +6,16 @@ product of the two bases.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Decoder, at, weights
-from slicegpt_fast.errors import InputError, check_choice
-from slicegpt_fast.kernels.regimes import TILE
-
-Basis = Literal["per-norm", "shared"] | int
-Signal = Literal["raw", "normalized"]
-Shortcut = Literal["dense", "aligned"]
-Schedule = Literal["uniform", "variance"]
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.slicing.options import Basis, Shortcut, Signal, SliceOptions, is_whole
 
 
 @dataclass(frozen=True)
@@ -70,60 +64,33 @@ class SlicePlan:
         return width * self.widths[site + 1] if rank is None else 2 * width * rank
 
 
-def make_plan(
-    model: PreTrainedModel,
-    *,
-    sparsity: float | None = None,
-    target_params: float | None = None,
-    widths: Sequence[int] | None = None,
-    basis: Basis = "per-norm",
-    signal: Signal = "raw",
-    shortcut: Shortcut = "dense",
-    shortcut_rank: int | None = None,
-    round_to: int | Literal["auto"] = 8,
-    slice_head: bool = False,
-) -> SlicePlan:
-    """Choose one kept size for ``model``; the arguments are those of :func:`slicegpt_fast.slice_model`.
+def make_plan(model: PreTrainedModel, options: SliceOptions) -> SlicePlan:
+    """Return the plan that ``options`` ask for, of one kept size unless they list the sizes.
 
     Raises:
-        InputError: an argument is out of range, not exactly one of ``sparsity``, ``target_params`` and ``widths`` is
-            given, or no size meets them.
+        InputError: ``model`` cannot be sliced, the options do not fit it, or no size meets them.
     """
     decoder = Decoder(model)
     _check_sliceable(decoder)
     full, sites = decoder.width, len(decoder.sites)
-    step = _round_to(round_to, model)
-    check_choice("signal", signal, Signal)
-    check_choice("shortcut", shortcut, Shortcut)
-    if shortcut_rank is not None and (shortcut == "dense" or not _is_whole(shortcut_rank) or shortcut_rank < 0):
-        raise InputError(f"shortcut_rank truncates shortcut='aligned' to a rank of 0 or more, not {shortcut_rank!r}.")
-    if sum(value is not None for value in (sparsity, target_params, widths)) != 1:
-        raise InputError("give exactly one of sparsity, target_params and widths.")
-    for name, share in {"sparsity": sparsity, "target_params": target_params}.items():
-        if not isinstance(share, int | float | None):
-            raise InputError(f"{name} must be a number, not {share!r}.")
-    if not isinstance(widths, Sequence | None):
-        raise InputError(f"widths must be a list with the size of every norm site, not {widths!r}.")
-    head_is_sliced = slice_head or basis == "shared"
-    groups = _groups(basis, sites, head_is_sliced)
+    step = options.step(model.device)
+    groups = _groups(options.basis, sites, options.slices_head)
 
     def plan(*sizes: int) -> SlicePlan:
         if decoder.architecture.keeps_width and len(set(sizes)) > 1:
             raise InputError(
                 f"the code of {model.config.model_type} models holds the stream to one width: use slice_head=True."
             )
-        return SlicePlan(basis, signal, full, sizes, groups, shortcut, shortcut_rank)
+        return SlicePlan(options.basis, options.signal, full, sizes, groups, options.shortcut, options.shortcut_rank)
 
     def uniform(width: int) -> SlicePlan:
-        return plan(*[width] * (sites - 1), width if head_is_sliced else full)
+        return plan(*[width] * (sites - 1), width if options.slices_head else full)
 
-    if widths is not None:
-        made = plan(*widths)
+    if options.widths is not None:
+        made = plan(*options.widths)
         check_plan(made, decoder)
         return made
-    if sparsity is not None:
-        if not 0 <= sparsity < 1:
-            raise InputError(f"sparsity must be at least 0 and below 1, not {sparsity}.")
+    if (sparsity := options.sparsity) is not None:
         # The published rounding, int((1 - s) D) down to a multiple, guarded against 0.9 * 640 = 575.99...
         kept = math.floor((1 - sparsity) * full + 1e-6)
         width = full if sparsity == 0 else kept - kept % step
@@ -134,37 +101,27 @@ def make_plan(
             )
         return uniform(width)
 
-    assert target_params is not None
-    budget = _budget(decoder, target_params)
-    count = parameter_counter(decoder)
+    assert options.target_params is not None
+    budget, count = options.target_params * _block_parameters(decoder), parameter_counter(decoder)
     plans = [uniform(width) for width in (*range(step, full, step), full)]
     fitting = [made for made in plans if count(made) <= budget]
     if not fitting:
         smallest = count(plans[0]) / _block_parameters(decoder)
         raise InputError(
-            f"target_params {target_params} cannot be met: the smallest slice (d={plans[0].widths[0]}) still stores "
-            f"{smallest:.3f} of the decoder blocks' parameters."
+            f"target_params {options.target_params} cannot be met: the smallest slice (d={plans[0].widths[0]}) still "
+            f"stores {smallest:.3f} of the decoder blocks' parameters."
         )
     return fitting[-1]
 
 
-def fit_widths(
-    model: PreTrainedModel,
-    plan: SlicePlan,
-    spectra: Tensor,
-    target_params: float,
-    *,
-    round_to: int | str,
-    slice_head: bool,
-) -> SlicePlan:
+def fit_widths(model: PreTrainedModel, plan: SlicePlan, spectra: Tensor, options: SliceOptions) -> SlicePlan:
     """Give every basis of ``plan`` a size of its own: the same share of its variance, within a budget.
 
     Args:
         model: the dense model.
         plan: any plan with the wanted groups.
         spectra: [number of bases, D] descending eigenvalues.
-        target_params: the decoder blocks' stored parameters, as a share of the dense ones.
-        round_to, slice_head: as in :func:`make_plan`; sizes are rounded up.
+        options: give the budget, ``target_params``, and what sizes are rounded up to.
 
     Raises:
         InputError: the code of the family wants one width, or no share of the variance meets the budget.
@@ -172,23 +129,23 @@ def fit_widths(
     decoder = Decoder(model)
     full = plan.full_width
     explained = spectra.cumsum(1) / spectra.sum(1, keepdim=True)
-    head_is_sliced = slice_head or plan.basis == "shared"
-    step = _round_to(round_to, model)
+    step = options.step(model.device)
     if decoder.architecture.keeps_width:
         raise InputError(
             f"the code of {model.config.model_type} models holds the stream to one width: use schedule='uniform'."
         )
-    budget, count = _budget(decoder, target_params), parameter_counter(decoder)
+    assert options.target_params is not None
+    budget, count = options.target_params * _block_parameters(decoder), parameter_counter(decoder)
 
     def at_share(share: float) -> SlicePlan:
         needed = (explained < share).sum(1) + 1
         sizes = [min(full, math.ceil(int(size) / step) * step) for size in needed]
         sizes = [sizes[group] for group in plan.groups]
-        return replace(plan, widths=(*sizes[:-1], sizes[-1] if head_is_sliced else full))
+        return replace(plan, widths=(*sizes[:-1], sizes[-1] if options.slices_head else full))
 
     low, high = 0.0, 1.0
     if count(at_share(low)) > budget:
-        raise InputError(f"target_params {target_params} cannot be met by any share of the variance: raise it.")
+        raise InputError(f"target_params {options.target_params} cannot be met by any share of the variance: raise it.")
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if count(at_share(middle)) <= budget else (low, middle)
@@ -244,7 +201,7 @@ def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
     fits = (
         plan.full_width == full
         and len(plan.widths) == len(plan.groups) == sites
-        and all(_is_whole(width) and 0 < width <= full for width in plan.widths)
+        and all(is_whole(width) and 0 < width <= full for width in plan.widths)
         and all(isinstance(group, int) for group in plan.groups)
         and len(set(zip(plan.groups, plan.widths, strict=True))) == len(set(plan.groups))
     )
@@ -264,24 +221,6 @@ def _groups(basis: Basis, sites: int, head_is_sliced: bool) -> tuple[int, ...]:
         raise InputError(f"basis must be 'per-norm', 'shared' or a number of groups from 1 to {sliced}, not {basis!r}.")
     groups = [site * number // sliced for site in range(sliced)]
     return tuple(groups if head_is_sliced else [*groups, number])
-
-
-def _is_whole(number: object) -> TypeGuard[int]:
-    return isinstance(number, int) and not isinstance(number, bool)
-
-
-def _round_to(round_to: int | str, model: PreTrainedModel) -> int:
-    if round_to == "auto":
-        return TILE.get(model.device.type, TILE["cpu"])
-    if not _is_whole(round_to) or round_to < 1:
-        raise InputError(f"round_to must be 'auto' or a whole number of at least 1, not {round_to!r}.")
-    return round_to
-
-
-def _budget(decoder: Decoder, target_params: float) -> float:
-    if not 0 < target_params <= 1:
-        raise InputError(f"target_params must be above 0 and at most 1, not {target_params}.")
-    return target_params * _block_parameters(decoder)
 
 
 def _check_sliceable(decoder: Decoder) -> None:

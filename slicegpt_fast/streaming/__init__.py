@@ -7,16 +7,15 @@ memory or in files, by what fits. A run that was killed goes on from the last la
 
 import fcntl
 import hashlib
-import inspect
 import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,13 +28,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from slicegpt_fast.architectures import Decoder, architecture_of, at
 from slicegpt_fast.checkpoint import check_space, check_writable, checkpoint_folder, from_pretrained
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.kernels.regimes import TILE
-from slicegpt_fast.slicing import Bases, first_plan, fit_bases, slice_model
+from slicegpt_fast.slicing import Bases, SliceArguments, SliceOptions, first_plan, fit_bases
 from slicegpt_fast.slicing.rotation import outline, rotations
 from slicegpt_fast.slicing.walk import Batch, checked
 from slicegpt_fast.streaming.memory import FREE_SHARE, Activations, activations_device, estimate, free_memory
 from slicegpt_fast.streaming.shards import INDEX, Shards, empty_model
 from slicegpt_fast.streaming.storage import FolderStorage, write_json
+
+Settings = dict[str, object]  # of a run, by name, as JSON has them
 
 
 def slice_checkpoint(
@@ -48,7 +48,7 @@ def slice_checkpoint(
     device: str | torch.device | None = None,
     activations: Activations = "auto",
     progress: bool = True,
-    **arguments: Any,
+    **options: Unpack[SliceArguments],
 ) -> Bases:
     """Slice the checkpoint in ``source`` into ``folder`` with no more than one decoder layer in memory.
 
@@ -66,7 +66,7 @@ def slice_checkpoint(
         activations: where they are kept between two layers: on the ``"device"``, in host ``"memory"``, on ``"disk"``;
             ``"auto"`` takes the first that they fit into.
         progress: say what will be needed, and show progress bars.
-        arguments: all others of :func:`slicegpt_fast.slice_model`.
+        options: as for :func:`slicegpt_fast.slice_model`.
 
     Returns:
         The bases, with their plan and spectra but without their matrices.
@@ -78,23 +78,21 @@ def slice_checkpoint(
     folder = Path(folder).expanduser().absolute()
     check_writable(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = _options(arguments, device)
+    asked = SliceOptions(**options)
+    asked = replace(asked, round_to=asked.step(device))  # the model itself is on the meta device
     checkpoint = checkpoint_folder(source)
     model = _empty_model(checkpoint, dtype)
     batches = checked(calibration, model.config.vocab_size, torch.device("cpu"))
-    plan_options = {name: value for name, value in options.items() if name not in ("schedule", "refit")}
-    plan = first_plan(model, options["schedule"], plan_options)
+    needs = estimate(model, first_plan(model, asked), batches, asked)
     shards = Shards(checkpoint, model, device)
-    needs = estimate(model, plan, batches, options)
     kept_on = activations_device(activations, device, needs)
     work = work_folder(folder)
     if progress:
-        kept = f"on {kept_on}" if kept_on else "on disk"
-        tqdm.write(f"{source} {needs}; activations are kept {kept}, unfinished work in {work}", file=sys.stderr)
-    settings = options | {"dtype": str(model.dtype), "device": device.type} | _identity(shards, batches)
-    with _work_folder(work, settings, needs.disk):
+        kept = f"activations are kept on {kept_on or 'disk'}, unfinished work in {work}"
+        tqdm.write(f"{source} {needs}; {kept}", file=sys.stderr)
+    with _work_folder(work, _settings(asked, shards, batches), needs.disk):
         storage = FolderStorage(work, shards, kept_on)
-        bases = fit_bases(model, batches, storage=storage, progress=progress, **options)
+        bases = fit_bases(model, batches, asked, storage=storage, progress=progress)
         _write(shards, bases, work / "model", progress=progress)
         if tokenizer is not None:
             tokenizer.save_pretrained(work / "model")
@@ -103,7 +101,7 @@ def slice_checkpoint(
 
 
 def work_folder(folder: str | Path) -> Path:
-    """Where :func:`slice_checkpoint` keeps unfinished work for ``folder``; it exists where a run was killed."""
+    """Return where :func:`slice_checkpoint` keeps unfinished work for ``folder``; it exists where a run was killed."""
     folder = Path(folder).expanduser().absolute()
     return folder.with_name(f".{folder.name}.unfinished")
 
@@ -111,7 +109,7 @@ def work_folder(folder: str | Path) -> Path:
 def fits_in_memory(
     source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device, tokens: int = 0
 ) -> bool:
-    """Whether there is memory to load a model and to slice it with :func:`slicegpt_fast.slice_model`.
+    """Return whether there is memory to load a model and to slice it with :func:`slicegpt_fast.slice_model`.
 
     Loading takes the model in host memory; slicing the model, its copy and the activations on ``device``.
 
@@ -136,16 +134,6 @@ def _empty_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
     config = from_pretrained(AutoConfig, checkpoint, {})
     architecture_of(config)  # refuses what cannot be sliced
     return empty_model(checkpoint, config, dtype=dtype)
-
-
-def _options(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The arguments of slice_model that choose its result, with its defaults."""
-    bound = inspect.signature(slice_model).bind(None, None, **arguments)
-    bound.apply_defaults()
-    options = {name: bound.arguments[name] for name in list(bound.arguments)[2:] if name != "progress"}
-    if options["round_to"] == "auto":
-        options["round_to"] = TILE.get(device.type, TILE["cpu"])
-    return options | {"widths": None if options["widths"] is None else list(options["widths"])}
 
 
 def _write(shards: Shards, bases: Bases, folder: Path, *, progress: bool) -> None:
@@ -179,7 +167,7 @@ def _write(shards: Shards, bases: Bases, folder: Path, *, progress: bool) -> Non
 
 
 @contextmanager
-def _work_folder(work: Path, settings: dict[str, Any], size: int) -> Iterator[None]:
+def _work_folder(work: Path, settings: Settings, size: int) -> Iterator[None]:
     """Hold the folder of an unfinished run, new or of the same settings.
 
     On success it is deleted. On bad input too, but for the work of an earlier run.
@@ -211,7 +199,8 @@ def _work_folder(work: Path, settings: dict[str, Any], size: int) -> Iterator[No
         shutil.rmtree(work)
 
 
-def _compare(there: dict[str, Any], here: dict[str, Any], work: Path) -> None:
+def _compare(there: Settings, here: Settings, work: Path) -> None:
+    """Raise InputError unless the settings of an unfinished run are those of this one."""
     differing = []
     for name in there | here:
         values = f" ({there.get(name)} there, {here.get(name)} now)"
@@ -224,14 +213,16 @@ def _compare(there: dict[str, Any], here: dict[str, Any], work: Path) -> None:
         )
 
 
-def _identity(shards: Shards, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
-    """What the result depends on beside the options: the model's files and the text, by hash, and versions."""
-    identity = {name: version(name) for name in ("slicegpt-fast", "torch", "transformers")}
+def _settings(options: SliceOptions, shards: Shards, batches: Sequence[Mapping[str, Tensor]]) -> Settings:
+    """Return all that the result depends on: options, versions; the model's files and the text, by hash."""
+    settings: Settings = json.loads(json.dumps(asdict(options)))  # as a record holds them: tuples are lists there
+    settings |= {"dtype": str(shards.model.dtype), "device": shards.device.type}
+    settings |= {name: version(name) for name in ("slicegpt-fast", "torch", "transformers")}
     for file in (shards.files[0].with_name("config.json"), *shards.files):
         with file.open("rb") as content:
-            identity[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+            settings[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
     text = hashlib.sha256()
     for batch in batches:
         for tensor in batch.values():
             text.update(str(tensor.shape).encode() + tensor.long().numpy().tobytes())
-    return identity | {"calibration text": text.hexdigest()}
+    return settings | {"calibration text": text.hexdigest()}

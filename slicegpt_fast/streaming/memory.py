@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder, at
 from slicegpt_fast.errors import check_choice
 from slicegpt_fast.ops.covariance import ROWS_PER_STEP
-from slicegpt_fast.slicing import SlicePlan
+from slicegpt_fast.slicing import SliceOptions, SlicePlan
 from slicegpt_fast.slicing.rotation import parts
 
 Activations = Literal["auto", "device", "memory", "disk"]
@@ -43,9 +43,9 @@ class Needs:
 
 
 def estimate(
-    model: PreTrainedModel, plan: SlicePlan, batches: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]
+    model: PreTrainedModel, plan: SlicePlan, batches: Sequence[Mapping[str, Tensor]], options: SliceOptions
 ) -> Needs:
-    """What slicing ``model`` (its weights may be on the meta device) needs with the options of ``slice_model``."""
+    """Return what slicing ``model`` (its weights may be on the meta device) needs to be sliced with ``options``."""
     full, element = plan.full_width, model.dtype.itemsize
     square = full * full * 8  # an fp64 matrix [D, D]
     exact = 4 if element == 2 else 8  # what weights are rotated in
@@ -57,10 +57,10 @@ def estimate(
     calibrating = max(map(sum, sizes)) * element + 6 * square + batch
     rotating = max(2 * sum(part) * element + 3 * max(part) * exact for part in sizes) + 4 * square
 
-    streams = 2 if options["refit"] else 1
+    streams = 2 if options.refit else 1
     activations = streams * sum(batch["input_ids"].numel() for batch in batches) * full * element
-    variance, aligned = options["schedule"] == "variance", plan.shortcut == "aligned"
-    kept = len(set(plan.groups)) * (1 + variance + aligned) + len(plan.groups) * options["refit"] * (1 + aligned)
+    variance, aligned = options.schedule == "variance", plan.shortcut == "aligned"
+    kept = len(set(plan.groups)) * (1 + variance + aligned) + len(plan.groups) * options.refit * (1 + aligned)
     sites = range(len(plan.groups) - 1)
     stored = sum(map(sum, sizes)) + sum(plan.shortcut_parameters(site) for site in sites)
     return Needs(
@@ -71,7 +71,7 @@ def estimate(
 
 
 def activations_device(activations: Activations, device: torch.device, needs: Needs) -> torch.device | None:
-    """Where the activations are kept, None for files: by default the first of the places that they fit into."""
+    """Return where the activations are kept, None for files: by default the first device that they fit into."""
     host = torch.device("cpu")
     check_choice("activations", activations, Activations)
     if activations != "auto":

@@ -26,12 +26,12 @@ class FolderStorage(Storage):
     Args:
         folder: of this pass, made if it does not exist.
         shards: the checkpoint.
-        place: the device that holds the activations between two uses; None leaves them in their files.
+        kept_on: the device that holds the activations between two uses; None leaves them in their files.
     """
 
-    def __init__(self, folder: Path, shards: Shards, place: torch.device | None) -> None:
+    def __init__(self, folder: Path, shards: Shards, kept_on: torch.device | None) -> None:
         folder.mkdir(exist_ok=True)
-        self.folder, self.shards, self.place = folder, shards, place
+        self.folder, self.shards, self.kept_on = folder, shards, kept_on
         self._state_file = folder / "state.json"
         state = json.loads(self._state_file.read_text()) if self._state_file.exists() else {}
         self.done: int = state.get("done", 0)
@@ -41,7 +41,7 @@ class FolderStorage(Storage):
         self._states: list[TensorFiles] = []
 
     def of(self, name: str) -> "FolderStorage":
-        return FolderStorage(self.folder / name, self.shards, self.place)
+        return FolderStorage(self.folder / name, self.shards, self.kept_on)
 
     def check(self, model: PreTrainedModel) -> None:
         """The checkpoint was held against the model when it was opened."""
@@ -55,14 +55,14 @@ class FolderStorage(Storage):
             self._finish(step, last=step == number - 1)
 
     def states(self, name: str) -> "TensorFiles":
-        self._states.append(self._open(name, self.place))
+        self._states.append(self._open(name, self.kept_on))
         return self._states[-1]
 
     def tensors(self, name: str) -> "TensorFiles":
         return self._open(name, None)
 
-    def _open(self, name: str, place: torch.device | None) -> "TensorFiles":
-        self._lists[name] = TensorFiles(self, name, self._files.get(name, []), place)
+    def _open(self, name: str, kept_on: torch.device | None) -> "TensorFiles":
+        self._lists[name] = TensorFiles(self, name, self._files.get(name, []), kept_on)
         return self._lists[name]
 
     def _finish(self, step: int, *, last: bool) -> None:
@@ -88,9 +88,9 @@ class TensorFiles(MutableSequence[Tensor]):
         files: the names of the tensors' files.
     """
 
-    def __init__(self, storage: FolderStorage, name: str, files: list[str], place: torch.device | None) -> None:
+    def __init__(self, storage: FolderStorage, name: str, files: list[str], kept_on: torch.device | None) -> None:
         self.files = list(files)
-        self._storage, self._name, self._place = storage, name, place
+        self._storage, self._name, self._kept_on = storage, name, kept_on
         self._held: dict[str, Tensor] = {}
         self._unwritten: set[str] = set()
 
@@ -102,9 +102,9 @@ class TensorFiles(MutableSequence[Tensor]):
         if file in self._held:
             return self._held[file].to(device)
         tensor = load_file(self._storage.folder / file)["tensor"]
-        if self._place is None:
+        if self._kept_on is None:
             return tensor.to(device, copy=True)  # a copy is aligned, whatever the file's header is
-        self._held[file] = tensor.to(self._place, copy=True)
+        self._held[file] = tensor.to(self._kept_on, copy=True)
         return self._held[file].to(device)
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:  # type: ignore[override]
@@ -125,10 +125,10 @@ class TensorFiles(MutableSequence[Tensor]):
 
     def _keep(self, index: int, tensor: Tensor) -> str:
         file = f"{self._name}-{index:05}-{self._storage.done:05}.safetensors"  # none that the state file names
-        if self._place is None:
+        if self._kept_on is None:
             self._write(file, tensor)
         else:
-            self._held[file] = tensor.contiguous().to(self._place)
+            self._held[file] = tensor.contiguous().to(self._kept_on)
             self._unwritten.add(file)
         return file
 

@@ -8,7 +8,7 @@ from models import VOCABULARY, tiny_model, tokens
 
 from slicegpt_fast import InputError
 from slicegpt_fast.ops import covariance_
-from slicegpt_fast.slicing import find_bases, fit_bases, make_plan
+from slicegpt_fast.slicing import SliceOptions, find_bases, fit_bases, make_plan
 from slicegpt_fast.slicing.bases import principal_components
 
 
@@ -43,9 +43,8 @@ def test_principal_components_are_ordered_orthonormal_and_reproducible():
 @torch.no_grad()
 def test_shared_basis_spans_the_summed_covariances(signal):
     model, ids = tiny_model(), tokens(4, 32)
-    bases = find_bases(
-        model, [ids[:1], ids[1:]], make_plan(model, sparsity=0.3, basis="shared", signal=signal), progress=False
-    )
+    plan = make_plan(model, SliceOptions(sparsity=0.3, basis="shared", signal=signal))
+    bases = find_bases(model, [ids[:1], ids[1:]], plan, progress=False)
     stream = stream_at_norms(model, ids)
     if signal == "normalized":
         stream = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
@@ -61,7 +60,7 @@ def test_shared_basis_spans_the_summed_covariances(signal):
 def test_per_norm_bases_are_fitted_to_the_sliced_stream():
     """The first site sees the dense stream; a later one sees what the slices before it left."""
     model, ids = tiny_model().double(), tokens(4, 32)
-    plan = make_plan(model, sparsity=0.5)
+    plan = make_plan(model, SliceOptions(sparsity=0.5))
     bases = find_bases(model, [ids], plan, progress=False)
     dense = stream_at_norms(model, ids)
     _, first = principal_components(dense[0].T @ dense[0])
@@ -85,7 +84,7 @@ def test_per_norm_bases_are_fitted_to_the_sliced_stream():
 def test_padding_counts_nowhere(basis, side):
     model = tiny_model("qwen2").double()
     long, short = tokens(1, 40), tokens(1, 25, seed=1)
-    plan = make_plan(model, sparsity=0.3, basis=basis, signal="normalized")
+    plan = make_plan(model, SliceOptions(sparsity=0.3, basis=basis, signal="normalized"))
     expected = find_bases(model, [long, short], plan, progress=False)
     filler = torch.zeros(1, 15, dtype=torch.long)
     parts = [filler, short] if side == "left" else [short, filler]
@@ -106,7 +105,7 @@ def test_the_model_is_left_as_it_was():
     model.model.layers[1].mlp.eval()
     modes = [module.training for module in model.modules()]
     before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict().items()}
-    find_bases(model, tokens(4, 32), make_plan(model, sparsity=0.3), progress=False)
+    find_bases(model, tokens(4, 32), make_plan(model, SliceOptions(sparsity=0.3)), progress=False)
     assert [module.training for module in model.modules()] == modes
     assert all("forward" not in vars(module) for module in model.modules())
     for name, tensor in model.state_dict().items():
@@ -144,14 +143,14 @@ def test_only_padded_batches_are_masked(monkeypatch):
     whole, padded = torch.ones(1, 32, dtype=torch.long), torch.ones(1, 32, dtype=torch.long)
     padded[0, 30:] = 0
     batches = [tokens(1, 32), *({"input_ids": tokens(1, 32), "attention_mask": mask} for mask in (whole, padded))]
-    fit_bases(tiny_model(), batches, sparsity=0.3, refit=True, progress=False)
+    fit_bases(tiny_model(), batches, SliceOptions(sparsity=0.3, refit=True), progress=False)
     assert masks[:2] == [None, None]
     assert torch.equal(masks[2], padded[0].bool())
 
 
 def test_dropout_plays_no_part():
     model = tiny_model(attention_dropout=0.5)
-    plan = make_plan(model, sparsity=0.3)
+    plan = make_plan(model, SliceOptions(sparsity=0.3))
     quiet = find_bases(model, [tokens(4, 32)], plan, progress=False)
     trained = find_bases(model.train(), [tokens(4, 32)], plan, progress=False)
     assert torch.equal(quiet.spectra, trained.spectra)
@@ -177,7 +176,7 @@ def test_dropout_plays_no_part():
 def test_bad_calibration_is_named(calibration, message):
     model = tiny_model()
     with pytest.raises(InputError, match=message):
-        find_bases(model, calibration, make_plan(model, sparsity=0.3), progress=False)
+        find_bases(model, calibration, make_plan(model, SliceOptions(sparsity=0.3)), progress=False)
 
 
 def test_activations_that_are_not_finite_name_the_layer():
@@ -187,4 +186,4 @@ def test_activations_that_are_not_finite_name_the_layer():
     with pytest.raises(
         InputError, match=r"entering model\.layers\.1\.post_attention_layernorm are not finite in torch\.float32"
     ):
-        find_bases(model, [tokens(4, 32)], make_plan(model, sparsity=0.3), progress=False)
+        find_bases(model, [tokens(4, 32)], make_plan(model, SliceOptions(sparsity=0.3)), progress=False)

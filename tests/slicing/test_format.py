@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,38 @@ def test_from_pretrained_gives_back_the_same_model(family, basis, dtype, tmp_pat
     assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads(
         (tmp_path / "config.json").read_text()
     )
+
+
+@torch.no_grad()
+def test_a_folder_that_an_earlier_version_saved():
+    """Version 0.1.0 wrote it in bf16, and these logits from it in fp32: a format must be read for ever."""
+    data = Path(__file__).parents[1] / "data"
+    loaded = AutoModelForCausalLM.from_pretrained(data / "sliced-llama")
+    plan = slice_config_of(loaded).plan()
+    assert plan.widths == (32, 32, 32, 32, 48)
+    assert plan.groups == (0, 1, 2, 3, 4)
+    assert (plan.basis, plan.signal, plan.shortcut, plan.shortcut_rank) == ("per-norm", "normalized", "aligned", 6)
+    expected = load_file(data / "sliced-llama-logits.safetensors")
+    logits = loaded.float()(expected["input_ids"]).logits
+    torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import slicegpt_fast; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import slicegpt_fast",
+        "from slicegpt_fast.errors import InputError; from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_the_format_is_registered_in_whichever_order_things_are_imported(imports):
+    folder = Path(__file__).parents[1] / "data" / "sliced-llama"
+    program = (
+        f"{imports}; import sys;"
+        "print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj.in_features)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["32"]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from models import FAMILIES, LLAMA_FAMILIES, tiny_model, tokens
 
 from slicegpt_fast import slice_model
 from slicegpt_fast.architectures import Decoder
-from slicegpt_fast.slicing import apply_bases, find_bases, make_plan
+from slicegpt_fast.slicing import SliceOptions, apply_bases, find_bases, make_plan
 
 
 def spread(logits: torch.Tensor) -> float:
@@ -34,7 +34,7 @@ def test_no_sparsity_leaves_the_logits(family, basis, tied):
 def test_a_shared_slice_is_a_projection_before_every_norm(family):
     """Nothing but the norms reads the stream, so projecting their inputs is the whole of a slice by one basis."""
     model = tiny_model(family)
-    plan = make_plan(model, sparsity=0.3, basis="shared")
+    plan = make_plan(model, SliceOptions(sparsity=0.3, basis="shared"))
     bases = find_bases(model, [tokens(4, 32, seed=1)], plan, progress=False)
     ids = tokens(2, 19)
     sliced = apply_bases(model, bases, progress=False)(ids).logits
@@ -84,7 +84,7 @@ def projected_logits(model, bases, ids):
 @torch.no_grad()
 def test_slicing_is_projection(family, basis):
     model = tiny_model(family, **{"sliding_window": None} if family == "mistral" else {})
-    plan = make_plan(model, sparsity=0.3, basis=basis, slice_head=basis == "per-norm")
+    plan = make_plan(model, SliceOptions(sparsity=0.3, basis=basis, slice_head=basis == "per-norm"))
     assert set(plan.widths) == {32}
     bases = find_bases(model, [tokens(4, 32, seed=1)], plan, progress=False)
     ids = tokens(2, 19)

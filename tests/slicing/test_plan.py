@@ -15,7 +15,7 @@ from transformers import (
 
 from slicegpt_fast import InputError, slice_model
 from slicegpt_fast.architectures import Decoder, architecture_of
-from slicegpt_fast.slicing import block_parameters, make_plan
+from slicegpt_fast.slicing import SliceOptions, block_parameters, make_plan
 
 
 @pytest.mark.parametrize(
@@ -23,20 +23,20 @@ from slicegpt_fast.slicing import block_parameters, make_plan
     [(0, 8, 48), (0.25, 8, 32), (0.25, 4, 36), (0.25, 1, 36), (0.3, 8, 32), (0.3, 1, 33), (0.9, 1, 4), (0.1, 1, 43)],
 )
 def test_sparsity_rounds_down_to_a_multiple(sparsity, round_to, width):
-    plan = make_plan(tiny_model(), sparsity=sparsity, round_to=round_to)
+    plan = make_plan(tiny_model(), SliceOptions(sparsity=sparsity, round_to=round_to))
     assert plan.widths == (width,) * 6 + (48,)
     assert plan.groups == tuple(range(7))
 
 
 def test_a_share_that_floats_cannot_hold_is_not_rounded_away():
     model = tiny_model(hidden_size=640, head_dim=8, num_hidden_layers=1)
-    assert make_plan(model, sparsity=0.1).widths[0] == 576  # (1 - 0.1) * 640 is 576 in mathematics
+    assert make_plan(model, SliceOptions(sparsity=0.1)).widths[0] == 576  # (1 - 0.1) * 640 is 576 in mathematics
 
 
 def test_what_the_head_reads():
     model = tiny_model()
-    assert make_plan(model, sparsity=0.25, slice_head=True).widths == (32,) * 7
-    shared = make_plan(model, sparsity=0.25, basis="shared")
+    assert make_plan(model, SliceOptions(sparsity=0.25, slice_head=True)).widths == (32,) * 7
+    shared = make_plan(model, SliceOptions(sparsity=0.25, basis="shared"))
     assert shared.widths == (32,) * 7
     assert shared.groups == (0,) * 7
 
@@ -88,7 +88,7 @@ def test_shortcuts_are_products_of_bases():
     from slicegpt_fast.slicing import apply_bases, find_bases
 
     model = tiny_model()
-    bases = find_bases(model, [tokens(4, 32)], make_plan(model, sparsity=0.25), progress=False)
+    bases = find_bases(model, [tokens(4, 32)], make_plan(model, SliceOptions(sparsity=0.25)), progress=False)
     sliced = apply_bases(model, bases, progress=False)
     for index, layer in enumerate(sliced.model.layers):
         first, second, third = bases.matrices[2 * index : 2 * index + 3]
@@ -183,7 +183,7 @@ def test_integer_weights_are_refused():
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(80, 48, dtype=torch.int8), requires_grad=False)
     with pytest.raises(InputError, match=r"up_proj\.weight has dtype torch\.int8"):
-        make_plan(model, sparsity=0.25)
+        make_plan(model, SliceOptions(sparsity=0.25))
 
 
 def test_the_dense_model_class_is_kept():
@@ -197,8 +197,8 @@ def test_families_that_hold_the_stream_to_one_width(family):
     with pytest.raises(
         InputError, match=f"the code of {family} models holds the stream to one width: use slice_head=True"
     ):
-        make_plan(tiny_model(family), sparsity=0.25)
-    make_plan(tiny_model(family), sparsity=0.25, slice_head=True)
+        make_plan(tiny_model(family), SliceOptions(sparsity=0.25))
+    make_plan(tiny_model(family), SliceOptions(sparsity=0.25, slice_head=True))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +219,6 @@ def test_bases_of_another_model_are_refused():
     from slicegpt_fast.slicing import apply_bases, find_bases
 
     deep = tiny_model(num_hidden_layers=4)
-    bases = find_bases(deep, [tokens(4, 32)], make_plan(deep, sparsity=0.25), progress=False)
+    bases = find_bases(deep, [tokens(4, 32)], make_plan(deep, SliceOptions(sparsity=0.25)), progress=False)
     with pytest.raises(InputError, match="does not fit a model of 7 norm sites and hidden size 48"):
         apply_bases(tiny_model(), bases, progress=False)

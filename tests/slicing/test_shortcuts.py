@@ -11,7 +11,7 @@ from ops.accuracy import other_defaults
 
 from slicegpt_fast import InputError, slice_model
 from slicegpt_fast.architectures import Decoder
-from slicegpt_fast.slicing import align, apply_bases, block_parameters, find_bases, fit_bases, make_plan
+from slicegpt_fast.slicing import SliceOptions, align, apply_bases, block_parameters, find_bases, fit_bases, make_plan
 from slicegpt_fast.slicing.layers import AlignedShortcut
 from slicegpt_fast.slicing.plan import parameter_counter
 
@@ -41,7 +41,8 @@ def test_aligned_shortcuts_are_the_dense_ones(family, slice_head):
 @torch.no_grad()
 def test_aligned_shortcuts_are_the_identity_minus_a_low_rank():
     model = tiny_model()
-    bases = align(find_bases(model, CALIBRATION, make_plan(model, sparsity=0.25, shortcut="aligned"), progress=False))
+    plan = make_plan(model, SliceOptions(sparsity=0.25, shortcut="aligned"))
+    bases = align(find_bases(model, CALIBRATION, plan, progress=False))
     sliced = apply_bases(model, bases, progress=False)
     kept = torch.eye(32, dtype=torch.float64)
     for index, layer in enumerate(sliced.model.layers):
@@ -93,7 +94,7 @@ def test_groups_of_consecutive_sites(groups, slice_head, shortcut):
     expected = model(ids).logits
     whole = sliced_by(model, sparsity=0, basis=groups, slice_head=slice_head, shortcut=shortcut)
     assert (whole(ids).logits - expected).abs().max() <= 1e-5 * spread(expected)
-    plan = make_plan(model, sparsity=0.25, basis=groups, slice_head=slice_head, shortcut=shortcut)
+    plan = make_plan(model, SliceOptions(sparsity=0.25, basis=groups, slice_head=slice_head, shortcut=shortcut))
     assert len(set(plan.groups)) == groups + (not slice_head)
     assert list(plan.groups) == sorted(plan.groups)
     sliced = sliced_by(model, sparsity=0.25, basis=groups, slice_head=slice_head, shortcut=shortcut)
@@ -103,7 +104,8 @@ def test_groups_of_consecutive_sites(groups, slice_head, shortcut):
 
 def test_as_many_groups_as_sites_is_per_norm():
     model = tiny_model()
-    assert make_plan(model, sparsity=0.25, basis=6).groups == make_plan(model, sparsity=0.25).groups
+    six, per_norm = (make_plan(model, SliceOptions(sparsity=0.25, basis=basis)) for basis in (6, "per-norm"))
+    assert six.groups == per_norm.groups
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +120,7 @@ def test_as_many_groups_as_sites_is_per_norm():
 )
 def test_planned_parameters_are_the_stored_ones(family, arguments):
     model = tiny_model(family)
-    bases = fit_bases(model, CALIBRATION, sparsity=0.25, slice_head=True, progress=False, **arguments)
+    bases = fit_bases(model, CALIBRATION, SliceOptions(sparsity=0.25, slice_head=True, **arguments), progress=False)
     count = parameter_counter(Decoder(model))
     assert count(bases.plan) == block_parameters(apply_bases(model, bases, progress=False))
 
@@ -141,17 +143,18 @@ def test_sizes_per_site():
 @pytest.mark.parametrize("widths", [(32,) * 6, (32,) * 8, (0,) * 7, (64,) * 7, (32.0,) * 7])
 def test_sizes_that_do_not_fit(widths):
     with pytest.raises(InputError, match="does not fit a model of 7 norm sites and hidden size 48"):
-        make_plan(tiny_model(), widths=widths)
+        make_plan(tiny_model(), SliceOptions(widths=widths))
 
 
 def test_variance_schedule_spends_the_budget_evenly():
     model = tiny_model()
-    bases = fit_bases(model, CALIBRATION, target_params=0.8, schedule="variance", round_to=1, progress=False)
+    options = SliceOptions(target_params=0.8, schedule="variance", round_to=1)
+    bases = fit_bases(model, CALIBRATION, options, progress=False)
     count = parameter_counter(Decoder(model))
     assert 0.75 * block_parameters(model) < count(bases.plan) <= 0.8 * block_parameters(model)
     assert len(set(bases.plan.widths)) > 2
     assert bases.plan.widths[-1] == 48
-    whole = find_bases(model, CALIBRATION, make_plan(model, sparsity=0), progress=False).spectra
+    whole = find_bases(model, CALIBRATION, make_plan(model, SliceOptions(sparsity=0)), progress=False).spectra
     explained = whole.cumsum(1) / whole.sum(1, keepdim=True)
     shares = [explained[site, width - 1].item() for site, width in enumerate(bases.plan.widths[:-1])]
     without_last = [explained[site, width - 2].item() for site, width in enumerate(bases.plan.widths[:-1])]
@@ -213,7 +216,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_round_to_auto_suits_the_device():
-    assert make_plan(tiny_model(), sparsity=0.25, round_to="auto").widths[0] == 32
+    assert make_plan(tiny_model(), SliceOptions(sparsity=0.25, round_to="auto")).widths[0] == 32
 
 
 def test_a_model_sliced_in_inference_mode_can_be_trained():

@@ -1,0 +1,44 @@
+"""What a model is, from its config alone."""
+
+from slicegpt_fast.checkpoint import load_skeleton
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.evaluation import stored_parameters
+from slicegpt_fast.slicing import block_parameters, slice_config_of
+from slicegpt_fast.slicing.layers import narrow_
+from slicegpt_fast.tables import decimal, kept_directions
+
+
+def describe(source: str) -> dict[str, str]:
+    """Return what a model is, dense or sliced, from its config alone: no weight is read.
+
+    Args:
+        source: a hub id or a local folder.
+
+    Raises:
+        InputError: there is no config of a causal language model.
+    """
+    model = load_skeleton(source)
+    config = model.config
+    facts = {"model type": config.model_type, "dtype": str(config.dtype or "not recorded")}
+    try:
+        dense_blocks = block_parameters(model)
+    except InputError as error:
+        return {**facts, "sliced": f"no, and it cannot be: {error}"}
+    if slice_config := slice_config_of(config):
+        plan = slice_config.plan()
+        narrow_(model, plan)
+        shortcuts = f"{plan.shortcut} shortcuts" if len(set(plan.groups)) > 1 else "no shortcuts"
+        rank = "" if plan.shortcut_rank is None else f" of rank {plan.shortcut_rank} at most"
+        facts |= {
+            "sliced": f"{plan.basis} basis, {plan.signal} signal, {shortcuts}{rank}",
+            "calibrated on": f"{slice_config.calibration_tokens} tokens",
+            "directions kept": f"{kept_directions(plan)}, {plan.widths[-1]} at the head",
+        }
+    else:
+        facts["sliced"] = "no, but it can be"
+    blocks = block_parameters(model)
+    return {
+        **facts,
+        "stored parameters": decimal(stored_parameters(model)),
+        "  in decoder blocks": f"{decimal(blocks)} ({blocks / dense_blocks:.3f} of the dense model's)",
+    }
