@@ -14,14 +14,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from slicegpt_fast.triton_kernels import covariance, norm_linear, residual_linear
+from slicegpt_fast import triton_kernels
 from slicegpt_fast.triton_kernels.launch import Gpu
 
 GPUS = {
@@ -29,7 +31,7 @@ GPUS = {
     "sm_90": Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024),
     "sm_100": Gpu("NVIDIA B200", (10, 0), 148, 227 * 1024),
 }
-MODULES = (covariance, norm_linear, residual_linear)
+MODULES = [import_module(f"{triton_kernels.__name__}.{found.name}") for found in iter_modules(triton_kernels.__path__)]
 
 
 class _Driver:
@@ -95,7 +97,8 @@ def compile_calls(gpu: Gpu, call: Callable[[], Any]) -> list[Compiled]:
         compiled.append(facts_of(kernel.warmup(*args, grid=grid, **meta)))
 
     names = {"launch": compile_only, "gpu_of": lambda device: gpu}
-    originals = [(module, name, getattr(module, name)) for module in MODULES for name in names]
+    used = [(module, name) for module in MODULES for name in names if hasattr(module, name)]
+    originals = [(module, name, getattr(module, name)) for module, name in used]
     driver.set_active(_Driver(gpu))
     try:
         for module, name, _ in originals:

@@ -39,20 +39,7 @@ tests() { # without those that need no GPU and take their time; most of it Trito
         --junitxml "$OUT/tests.xml" "${parallel[@]}"
 }
 
-tune() {
-    "$PYTHON" - << 'PY'
-import torch
-from slicegpt_fast.ops.tuning import Shape, block_shapes, tune
-
-# What the benchmarks call: covariance, slicing (batches of 512 tokens), then the blocks and their ops.
-shapes = [Shape("covariance_", 65536, D, D) for D in (2872, 4096, 8192)]
-shapes += [Shape("covariance_", 512, D, D) for D in (2048, 4096)]
-for width in (2872, 3072, 3328):
-    shapes += block_shapes(width, 4096, 4096, 11008, (1, 4, 16, 4096))
-for measured in tune(shapes, torch.bfloat16):
-    print(measured, flush=True)
-PY
-}
+tune() { "$PYTHON" bench/tune.py; }
 
 sanitize() {
     for tool in memcheck racecheck; do

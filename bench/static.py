@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,8 @@ from timing import table
 
 from slicegpt_fast import _C
 from slicegpt_fast.kernels.native import build_info
-from slicegpt_fast.triton_kernels.covariance import covariance_
-from slicegpt_fast.triton_kernels.norm_linear import norm_linear
-from slicegpt_fast.triton_kernels.residual_linear import residual_linear
+from slicegpt_fast.ops.dispatch import OPS, Request
+from slicegpt_fast.ops.tuning import Shape
 
 D, ATTENTION, GATE_UP = 2872, 4096, 2 * 11008
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of an SM
@@ -57,20 +56,27 @@ let one SM hold. The columns after them count instructions in the machine code, 
 """
 
 
-def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Name and call of each Triton kernel in the table."""
-    empty = partial(torch.empty, dtype=torch.bfloat16)
-    x, acc = empty(65536, D), torch.empty(D, D, dtype=torch.float64)
-    yield "covariance_", partial(covariance_, acc, x, None, None)
-    yield "covariance_, row scale", partial(covariance_, acc, x, torch.empty(65536), None)
+def shapes() -> dict[str, Shape]:
+    """Return the calls of the table by name."""
+    found = {
+        "covariance_": Shape("covariance_", 65536, D, D),
+        "covariance_, row scale": Shape("covariance_", 65536, D, D, "row scale"),
+    }
     for M in (16, 4096):
-        h, sumsq = empty(M, D), torch.empty(M)
-        for name, n, activation in (("QKV", 3 * ATTENTION, None), ("gate/up", GATE_UP, "silu_gate")):
-            weight = empty(n, D)
-            yield f"{name}, M={M}", partial(norm_linear, h, weight, None, 1e-5, 4096, sumsq, activation, 0)
-        a, weight = empty(M, ATTENTION), empty(D, ATTENTION)
-        yield f"out, dense shortcut, M={M}", partial(residual_linear, a, weight, None, None, h, empty(D, D))
-        yield f"out, residual added, M={M}", partial(residual_linear, a, weight, None, h, None, None)
+        found |= {
+            f"QKV, M={M}": Shape("norm_linear", M, 3 * ATTENTION, D),
+            f"gate/up, M={M}": Shape("norm_linear", M, GATE_UP, D, "silu_gate"),
+            f"out, dense shortcut, M={M}": Shape("residual_linear", M, D, ATTENTION + D, "dense"),
+            f"out, residual added, M={M}": Shape("residual_linear", M, D, ATTENTION, "add"),
+        }
+    return found
+
+
+def call(shape: Shape) -> Callable[[], Any]:
+    """Return a call of the op's Triton kernel, on operands that take no memory."""
+    op, widths = OPS[shape.op], (shape.m, shape.n, shape.k)
+    request = Request(shape.op, torch.device("meta"), torch.bfloat16, op.regime(shape.m), widths, shape.epilogue)
+    return partial(op.backends["triton"].run, *op.operands(request))
 
 
 def instructions(sass: str) -> dict[str, int]:
@@ -93,8 +99,8 @@ def triton_kernels() -> list[dict[str, Any]]:
     os.environ["XDG_CACHE_HOME"] = os.devnull  # no tiles that somebody tuned on this machine
     rows = []
     for target, gpu in GPUS.items():
-        for name, call in calls():
-            for kernel in compile_calls(gpu, call):
+        for name, shape in shapes().items():
+            for kernel in compile_calls(gpu, call(shape)):
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                     file.write(kernel.cubin)
                     file.flush()

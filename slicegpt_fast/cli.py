@@ -593,7 +593,7 @@ def tune(
     from slicegpt_fast.checkpoint import load_skeleton
     from slicegpt_fast.kernels.measured import BUCKETS
     from slicegpt_fast.kernels.regimes import DECODE_ROWS
-    from slicegpt_fast.ops.tuning import Shape, tune
+    from slicegpt_fast.ops.tuning import Shape, stream_shapes, tune
     from slicegpt_fast.patching import op_requests
     from slicegpt_fast.slicing import slice_config_of
     from slicegpt_fast.slicing.layers import narrow_
@@ -609,8 +609,7 @@ def tune(
             if request is not None:
                 shapes.append(Shape(request.op, m, *request.shape[1:], request.epilogue))
         if not sliced and m > DECODE_ROWS:
-            D = skeleton.config.hidden_size
-            shapes += [Shape("covariance_", m, D, D, epilogue) for epilogue in (None, "row scale")]
+            shapes += stream_shapes(skeleton.config.hidden_size, m)
     shapes = list(dict.fromkeys(shapes))
     listing = Table("op", "M", "N", "K", "epilogue", "us, the fastest first")
     measurements = tune(shapes, getattr(torch, dtype))

@@ -27,7 +27,7 @@ BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Entry:
     """Microseconds of each backend at a shape, and the tile that Triton's were measured with, where it has a choice."""
 
     us: dict[str, float]
@@ -36,43 +36,43 @@ class Measured:
 
 @lru_cache
 def gpu_name(device: torch.device) -> str:
-    """The key of a device's measurements."""
+    """Return the key of a device's measurements."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @lru_cache(maxsize=4096)
 def bucket(dtype: torch.dtype, shape: tuple[int, int, int], epilogue: str | None) -> str:
-    """The key of a shape (rows, n, k): rows rounded up to one of BUCKETS, the widths as they are."""
+    """Return the key of a shape (rows, n, k): rows rounded up to one of BUCKETS, the widths as they are."""
     rows, n, k = shape
     rows = next((most for most in BUCKETS if most >= rows), BUCKETS[-1])
     return " ".join([f"{str(dtype).removeprefix('torch.')} M<={rows} N={n} K={k}", *([epilogue] if epilogue else [])])
 
 
 def user_table() -> Path:
-    """Where `slicegpt-fast tune` keeps what it measured on this machine."""
+    """Return where `slicegpt-fast tune` keeps what it measured on this machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slicegpt-fast" / "tuned.json"
 
 
-def lookup(gpu: str, op: str, shape_bucket: str) -> Measured | None:
-    """What was measured there, or None."""
+def lookup(gpu: str, op: str, shape_bucket: str) -> Entry | None:
+    """Return what was measured there, or None."""
     for table in _tables():
-        entry = _section(table, gpu, op).get(shape_bucket)
-        us = entry.get("us") if isinstance(entry, dict) else None
-        if entry is not None and isinstance(us, dict) and all(isinstance(time, int | float) for time in us.values()):
-            return Measured(us, entry.get("tile"))
+        found = _section(table, gpu, op).get(shape_bucket)
+        us = found.get("us") if isinstance(found, dict) else None
+        if found is not None and isinstance(us, dict) and all(isinstance(time, int | float) for time in us.values()):
+            return Entry(us, found.get("tile"))
     return None
 
 
 def buckets(gpu: str, op: str) -> set[str]:
-    """All that was measured of an op."""
+    """Return the keys of all that was measured of an op."""
     return {key for table in _tables() for key in _section(table, gpu, op) if lookup(gpu, op, key)}
 
 
-def record(gpu: str, op: str, shape_bucket: str, measured: Measured) -> None:
-    """Adds a measurement to the user's table, written beside it and renamed."""
+def record(gpu: str, op: str, shape_bucket: str, entry: Entry) -> None:
+    """Add a measurement to the user's table, written beside it and renamed."""
     path = user_table()
     table = _read(path)
-    _section(table, gpu, op)[shape_bucket] = {"us": measured.us, "tile": measured.tile}
+    _section(table, gpu, op)[shape_bucket] = {"us": entry.us, "tile": entry.tile}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     beside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _section(table: dict[str, Any], gpu: str, op: str) -> dict[str, Any]:
-    """A GPU's measurements of an op, to be read and to be added to."""
+    """Return a GPU's measurements of an op, to be read and to be added to."""
     for key in (gpu, op):
         if not isinstance(table.get(key), dict):
             table[key] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slicegpt_fast.ops.backends import cpu, cuda, triton
-from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, require
+from slicegpt_fast.kernels.regimes import Epilogue
+from slicegpt_fast.ops.dispatch import HALF, KERNELS, Op, Request, Rule, check_matrix, check_vector, require
 
 ROWS_PER_STEP = 4096  # bounds the fp64 copy of x
 
@@ -14,7 +14,7 @@ ROWS_PER_STEP = 4096  # bounds the fp64 copy of x
 def covariance_(
     acc: Tensor, x: Tensor, row_scale: Tensor | None = None, mask: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """Adds ``X^T X`` to ``acc`` in place, where X is the scaled and selected rows of ``x``.
+    """Add ``X^T X`` to ``acc`` in place, where X is the scaled and selected rows of ``x``.
 
     Args:
         acc: [D, D] accumulator, fp64 (the master that loses nothing over many calls) or fp32. Symmetric: a kernel
@@ -70,20 +70,16 @@ def check(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None)
 
 def request(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> Request:
     N, D = x.shape
-    epilogue = None if row_scale is None else "row scale"
+    epilogue: Epilogue | None = None if row_scale is None else "row scale"
     return Request("covariance_", x.device, x.dtype, "tall", (N, D, D), epilogue)
 
 
-def _triton(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> None:
-    from slicegpt_fast.triton_kernels import covariance
-
-    if x.numel() > 0:
-        covariance.covariance_(acc, x, row_scale, mask)
-
-
-def _cuda(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor | None) -> None:
-    if x.numel() > 0:
-        cuda.covariance_(acc, x, row_scale, mask)
+def operands(request: Request) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """Return random arguments that ask for ``request``."""
+    N, D, _ = request.shape
+    row_scale = torch.rand(N, dtype=torch.float32, device=request.device) + 0.5
+    acc = torch.zeros(D, D, dtype=torch.float64, device=request.device)
+    return acc, request.random(N, D), row_scale if request.epilogue == "row scale" else None, None
 
 
 OP = Op(
@@ -93,7 +89,11 @@ OP = Op(
     check=check,
     request=request,
     fake=lambda acc, x, row_scale, mask: None,
+    operands=operands,
+    regime=lambda rows: "tall",
+    epilogues=(None, "row scale"),
+    rules=(
+        Rule("cuda", (8, 0), HALF, "tall", KERNELS, "half the FLOPs of a full matmul"),
+        Rule("cpu", (0, 0), (), "tall", ("cpu",), "half the FLOPs of a full matmul"),
+    ),
 )
-OP.add_backend("cpu", cpu.covariance_, cpu.refuses)
-OP.add_backend("triton", _triton, triton.refuses)
-OP.add_backend("cuda", _cuda, cuda.hopper_refuses)

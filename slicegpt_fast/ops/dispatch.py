@@ -1,9 +1,9 @@
-"""Which backend runs an op, and the registration that the three ops share.
+"""Which backend runs an op, and the registration that all ops share.
 
 The backend of a call is the first of: its ``backend`` argument, the innermost ``use_backend`` block, the environment
-variable ``SLICEGPT_FAST_BACKEND``, ``"auto"``. ``auto`` takes the row of the table AUTO that fits. On a CPU the row
-names a kernel. On a GPU it names candidates: `slicegpt-fast tune` measures them and the reference shape by shape, the
-fastest runs, and what has not been measured runs on the reference. ``kernels/measured.py`` keeps the measurements.
+variable ``SLICEGPT_FAST_BACKEND``, ``"auto"``. ``auto`` takes the first of the op's rules that fits. On a CPU the
+rule names a kernel. On a GPU it names candidates: `slicegpt-fast tune` measures them and the reference shape by shape,
+the fastest runs, and what has not been measured runs on the reference. ``kernels/measured.py`` keeps the measurements.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from torch.nn import Parameter
 
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.kernels import measured
-from slicegpt_fast.kernels.regimes import DECODE_ROWS
+from slicegpt_fast.kernels.regimes import Epilogue, Regime
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SLICEGPT_FAST_BACKEND"
 HALF = (torch.float16, torch.bfloat16)
+KERNELS = ("triton", "cuda")  # what a GPU chooses among, by measurement
 
 LIBRARY = torch.library.Library("slicegpt_fast", "DEF")
 OPS: dict[str, Op] = {}
@@ -40,66 +41,52 @@ class Request:
     op: str
     device: torch.device
     dtype: torch.dtype
-    regime: str  # "tall" for covariance_; "decode" (M <= 16) or "prefill" for the matmuls
+    regime: Regime
     shape: tuple[int, int, int]  # rows of the input, then N and K of the matmul; for covariance_ D and D
-    epilogue: str | None = None  # the activation; the kind of shortcut: "add", "dense", "low rank"; "row scale"
+    epilogue: Epilogue | None = None
 
     @property
     def capability(self) -> tuple[int, int]:
         return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
 
+    def random(self, *shape: int, std: float = 1.0) -> Tensor:
+        """Return normal values of the request's dtype on its device, for operands to measure it with."""
+        return torch.randn(shape, device=self.device).mul_(std).to(self.dtype)
 
-def regime_of(op: str, rows: int) -> str:
-    """The regime of a call with an input of that many rows."""
-    return "tall" if op == "covariance_" else "decode" if rows <= DECODE_ROWS else "prefill"
+    def random_weight(self, n: int, k: int) -> Tensor:
+        """Return a random weight [n, k], scaled as a model's, so that no product overflows fp16."""
+        return self.random(n, k, std=k**-0.5)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table: calls that match all the columns go to the first backend that can run them, or to the
-    fastest."""
+    """One row of an op's table for ``auto``: calls that match all the columns go to the first backend that can run
+    them, or to the fastest."""
 
-    op: str
     device: str
     capability: tuple[int, int]  # the lowest
     dtypes: tuple[torch.dtype, ...]  # () for any
-    regime: str
+    regime: Regime
     backends: tuple[str, ...]
     why: str
 
     @property
-    def measured(self) -> bool:
+    def by_measurement(self) -> bool:
         """True where measurements choose among the backends and the reference."""
         return self.device == "cuda"
 
     def fits(self, request: Request) -> bool:
         return (
-            self.op == request.op
-            and self.device == request.device.type
+            self.device == request.device.type
             and self.capability <= request.capability
             and (not self.dtypes or request.dtype in self.dtypes)
             and self.regime == request.regime
         )
 
 
-KERNELS = ("triton", "cuda")
-AUTO = (
-    Rule("covariance_", "cuda", (8, 0), HALF, "tall", KERNELS, "half the FLOPs of a full matmul"),
-    Rule("norm_linear", "cuda", (8, 0), HALF, "decode", KERNELS, "one pass over the weight"),
-    Rule("norm_linear", "cuda", (8, 0), HALF, "prefill", KERNELS, "no norm kernel"),
-    Rule("residual_linear", "cuda", (8, 0), HALF, "decode", KERNELS, "one pass over the weights"),
-    Rule("residual_linear", "cuda", (8, 0), HALF, "prefill", KERNELS, "no add kernel"),
-    Rule("covariance_", "cpu", (0, 0), (), "tall", ("cpu",), "half the FLOPs of a full matmul"),
-    Rule("norm_linear", "cpu", (0, 0), (), "decode", ("cpu",), "one pass over the weight"),
-    Rule("norm_linear", "cpu", (0, 0), HALF[:1], "prefill", ("cpu",), "torch's fp16 matmul is slow"),
-    Rule("residual_linear", "cpu", (0, 0), (), "decode", ("cpu",), "one pass over the weights"),
-    Rule("residual_linear", "cpu", (0, 0), HALF[:1], "prefill", ("cpu",), "torch's fp16 matmul is slow"),
-)  # what no row takes goes to "reference"
-
-
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Runs the ops called inside the block on ``backend``, where a call does not name one itself.
+    """Run the ops called inside the block on ``backend``, where a call does not name one itself.
 
     Raises:
         InputError: ``backend`` is none of BACKENDS.
@@ -119,7 +106,7 @@ def _known(backend: str, where: str) -> str:
 
 
 def asked_for(backend: str) -> str:
-    """The backend asked for, by the call, the context or the environment."""
+    """Return the backend asked for, by the call, the context or the environment."""
     if backend != "auto":
         return _known(backend, "argument backend")
     return _in_context.get() or _known(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
@@ -127,18 +114,27 @@ def asked_for(backend: str) -> str:
 
 @dataclass(frozen=True)
 class Backend:
-    """``run`` takes the op's arguments; ``refuses`` says why it cannot run a request, or None."""
+    """One implementation of an op.
+
+    ``run`` takes the op's arguments, checked. ``refuses`` says why it cannot run a request, or None. ``tiles`` lists
+    what may be handed to ``run`` behind the arguments, for `slicegpt-fast tune` to measure each; () where ``run``
+    takes nothing more.
+    """
 
     run: Callable[..., Any]
     refuses: Callable[[Request], str | None]
+    tiles: Callable[[Request], tuple[Any, ...]] = lambda request: ()
 
 
 class Op:
-    """An operator of the library: schema, checks, fake implementation, backends, and a plan per tensor metadata.
+    """An operator of the library and all that is known of it: no other module asks for an op's name.
 
+    ``reference(*arguments)`` is the definition, in plain torch; it also runs every call with an empty tensor.
     ``check(*arguments)`` raises InputError and ``request(*arguments)`` says what the backend depends on; both run once
     for each new combination of shapes, strides, dtypes, devices and alignments. Warm calls go straight to their
-    backend.
+    backend. ``fake(*arguments)`` makes empty results. ``operands(request)`` makes random arguments that ask for
+    ``request``, ``regime(rows)`` names the regime of an input of that many rows, ``epilogues`` are all that the op
+    has, ``rules`` the rows of ``auto``: what none of them takes goes to the reference.
     """
 
     PLANS = 4096
@@ -152,10 +148,18 @@ class Op:
         check: Callable[..., None],
         request: Callable[..., Request],
         fake: Callable[..., Any],
+        operands: Callable[[Request], tuple[Any, ...]],
+        regime: Callable[[int], Regime],
+        epilogues: tuple[Epilogue | None, ...],
+        rules: tuple[Rule, ...],
     ) -> None:
         self.name = name
         self.check = check
         self.request = request
+        self.operands = operands
+        self.regime = regime
+        self.epilogues = epilogues
+        self.rules = rules
         self.backends = {"reference": Backend(reference, lambda request: None)}
         self._plans: dict[tuple[Any, ...], Callable[..., Any]] = {}
         LIBRARY.define(name + schema)
@@ -169,12 +173,18 @@ class Op:
         self.overload = getattr(torch.ops.slicegpt_fast, name).default
         OPS[name] = self
 
-    def add_backend(self, backend: str, run: Callable[..., Any], refuses: Callable[[Request], str | None]) -> None:
-        """Offers ``run`` as the op's ``backend``; it is called with the op's arguments, checked."""
-        self.backends[backend] = Backend(run, refuses)
+    def add_backend(
+        self,
+        backend: str,
+        run: Callable[..., Any],
+        refuses: Callable[[Request], str | None],
+        tiles: Callable[[Request], tuple[Any, ...]] = lambda request: (),
+    ) -> None:
+        """Offer ``run`` as the op's ``backend``; arguments as in Backend."""
+        self.backends[backend] = Backend(run, refuses, tiles)
 
     def __call__(self, *arguments: Any, backend: str) -> Any:
-        """Runs the op; through the reference, which autograd can follow, where a gradient is wanted."""
+        """Run the op; through the reference, which autograd can follow, where a gradient is wanted."""
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
             self.check(*arguments)
             return self.backends["reference"].run(*arguments)
@@ -190,47 +200,49 @@ class Op:
         run = self._plans.get(key)
         if run is None:
             self.check(*inputs)
-            run = self.backends[self.choose(key[0], self.request(*inputs))].run
+            chosen = self.choose(key[0], self.request(*inputs))
+            empty = any(isinstance(x, Tensor) and x.numel() == 0 for x in inputs)
+            run = self.backends["reference" if empty else chosen].run
             if len(self._plans) >= self.PLANS:
                 self._plans.clear()
             self._plans[key] = run
         return run(*inputs)
 
     def choose(self, backend: str, request: Request) -> str:
-        """The backend that runs ``request`` when ``backend`` was asked for.
+        """Return the backend that runs ``request`` when ``backend`` was asked for.
 
         Raises:
             InputError: a backend asked for by name does not exist here or cannot run the request.
         """
         if backend == "auto":
-            rule = next((rule for rule in AUTO if rule.fits(request)), None)
+            rule = next((rule for rule in self.rules if rule.fits(request)), None)
             able = [] if rule is None else [name for name in rule.backends if self.refusal(name, request) is None]
             able.append("reference")
-            return _fastest(request, able) if rule is not None and rule.measured else able[0]
+            return _fastest(request, able) if rule is not None and rule.by_measurement else able[0]
         refusal = self.refusal(backend, request)
         if refusal is not None:
             raise InputError(f"backend {backend!r} cannot run {self.name}: {refusal}; use backend='auto'.")
         return backend
 
     def forget(self) -> None:
-        """Lets the next call of each shape choose its backend again."""
+        """Let the next call of each shape choose its backend again."""
         self._plans.clear()
 
     def refusal(self, backend: str, request: Request) -> str | None:
-        """Why ``backend`` cannot run ``request``, or None."""
+        """Return why ``backend`` cannot run ``request``, or None."""
         known = self.backends.get(backend)
         return "it is not part of this installation" if known is None else known.refuses(request)
 
 
 def _metadata(x: Any) -> Any:
-    """All of an argument that a plan may depend on. No plan is ever made for a tensor that only stands for another."""
+    """Return all of an argument that a plan may depend on; no plan is made for what only stands for a tensor."""
     if type(x) in (Tensor, Parameter):
         return (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.is_neg())
     return type(x) if isinstance(x, Tensor) else x
 
 
 def _fastest(request: Request, able: list[str]) -> str:
-    """The backend that was measured to be the fastest of ``able``; where the reference was not measured, that."""
+    """Return the backend that was measured to be the fastest of ``able``: the reference where that was not measured."""
     device = measured.gpu_name(request.device)
     found = measured.lookup(device, request.op, measured.bucket(request.dtype, request.shape, request.epilogue))
     if found is None or "reference" not in found.us:
@@ -239,55 +251,56 @@ def _fastest(request: Request, able: list[str]) -> str:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises InputError unless ``condition`` holds."""
+    """Raise InputError unless ``condition`` holds."""
     if not condition:
         raise InputError(message)
 
 
 def check_matrix(name: str, x: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-    """Raises InputError unless ``x`` is a floating-point matrix, of the given dtype and device where they are given."""
+    """Raise InputError unless ``x`` is a floating-point matrix, of the given dtype and device where they are given."""
     require(x.dim() == 2, f"argument {name} has {x.dim()} dimensions; pass a matrix.")
     require(x.is_floating_point(), f"argument {name} has dtype {x.dtype}; pass a floating-point tensor.")
-    _check_kind(name, x, dtype, device)
+    _check_type(name, x, dtype, device)
 
 
 def check_vector(
     name: str, x: Tensor | None, length: Any, dtype: torch.dtype | None, device: torch.device | None
 ) -> None:
-    """Raises InputError unless ``x`` is None or a vector of that length, dtype and device."""
+    """Raise InputError unless ``x`` is None or a vector of that length, dtype and device."""
     if x is not None:
         require(
             x.dim() == 1 and x.shape[0] == length,
             f"argument {name} has shape {list(x.shape)}; its shape must be [{length}].",
         )
-        _check_kind(name, x, dtype, device)
+        _check_type(name, x, dtype, device)
 
 
-def _check_kind(name: str, x: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> None:
+def _check_type(name: str, x: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> None:
     require(dtype is None or x.dtype == dtype, f"argument {name} has dtype {x.dtype}; it must be {dtype}.")
     require(device is None or x.device == device, f"argument {name} is on {x.device}; move it to {device}.")
 
 
 def kernel_table() -> list[dict[str, str]]:
-    """The rows of ``auto``, in order, each with what serves it here: what `info --kernels` prints."""
+    """Return the rules of ``auto``, op by op, each with what serves it here: what `info --kernels` prints."""
     return [
         {
-            "op": rule.op,
+            "op": op.name,
             "device": rule.device if rule.device == "cpu" else "cuda >= {}.{}".format(*rule.capability),
             "dtypes": ", ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes) or "any",
             "regime": rule.regime,
-            "backend": f"fastest of {', '.join(rule.backends)}, reference" if rule.measured else rule.backends[0],
-            "why": f"{rule.why}; {_tuned_here(rule)}" if rule.measured else rule.why,
+            "backend": f"fastest of {', '.join(rule.backends)}, reference" if rule.by_measurement else rule.backends[0],
+            "why": f"{rule.why}; {_tuned_here(op, rule)}" if rule.by_measurement else rule.why,
         }
-        for rule in AUTO
+        for op in OPS.values()
+        for rule in op.rules
     ]
 
 
-def _tuned_here(rule: Rule) -> str:
-    """What is measured on this machine's GPU of the calls that ``rule`` is for."""
+def _tuned_here(op: Op, rule: Rule) -> str:
+    """Return what is measured on this machine's GPU of the calls that ``rule`` is for."""
     if not torch.cuda.is_available():
         return "reference: there is no CUDA device here"
-    keys = measured.buckets(measured.gpu_name(torch.device("cuda", torch.cuda.current_device())), rule.op)
-    rows = [most for most in measured.BUCKETS if regime_of(rule.op, most) == rule.regime]
+    keys = measured.buckets(measured.gpu_name(torch.device("cuda", torch.cuda.current_device())), op.name)
+    rows = [most for most in measured.BUCKETS if op.regime(most) == rule.regime]
     count = sum(f" M<={most} " in key for key in keys for most in rows)
     return f"measured at {count} shapes, reference at all others" if count else "reference until `slicegpt-fast tune`"

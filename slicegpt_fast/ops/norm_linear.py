@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicegpt_fast.ops.backends import cpu, cuda, triton
-from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, regime_of, require
+from slicegpt_fast.kernels.regimes import Activation, matmul_regime
+from slicegpt_fast.ops.dispatch import HALF, KERNELS, Op, Request, Rule, check_matrix, check_vector, require
 
-ACTIVATIONS = {
+ACTIVATE: dict[Activation | None, Callable[[Tensor], Tensor]] = {
     None: lambda y: y,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -27,12 +28,12 @@ def norm_linear(
     eps: float,
     full_width: int,
     sumsq: Tensor | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     unscaled: int = 0,
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Returns ``act(rsqrt(sumsq / full_width + eps) * (h @ weight.T) + bias)``.
+    """Return ``act(rsqrt(sumsq / full_width + eps) * (h @ weight.T) + bias)``.
 
     The norm has no weight (it is folded into ``weight``), and a row's scale commutes with the matmul.
 
@@ -64,7 +65,7 @@ def reference(
     eps: float,
     full_width: int,
     sumsq: Tensor | None,
-    activation: str | None,
+    activation: Activation | None,
     unscaled: int,
 ) -> Tensor:
     """The op in plain torch: the norm in fp32, rounded, then the linear layer, then the activation."""
@@ -74,7 +75,7 @@ def reference(
     scale = torch.rsqrt(sumsq / full_width + eps)
     scaled = weight.shape[0] - unscaled
     y = F.linear((h.to(wide) * scale[:, None]).to(h.dtype), weight[:scaled], bias)
-    y = ACTIVATIONS[activation](y)
+    y = ACTIVATE[activation](y)
     return torch.cat((y, F.linear(h, weight[scaled:])), dim=1) if unscaled else y
 
 
@@ -85,7 +86,7 @@ def check(
     eps: float,
     full_width: int,
     sumsq: Tensor | None,
-    activation: str | None,
+    activation: Activation | None,
     unscaled: int,
 ) -> None:
     check_matrix("h", h)
@@ -100,8 +101,8 @@ def check(
     check_vector("sumsq", sumsq, M, torch.float32, h.device)
     require(full_width > 0, f"argument full_width is {full_width}; it must be positive.")
     require(
-        activation in ACTIVATIONS,
-        f"argument activation is {activation!r}; it must be None or one of {', '.join(filter(None, ACTIVATIONS))}.",
+        activation in ACTIVATE,
+        f"argument activation is {activation!r}; it must be None or one of {', '.join(get_args(Activation))}.",
     )
     require(
         activation != "silu_gate" or (n - unscaled) % 2 == 0,
@@ -116,7 +117,7 @@ def fake(
     eps: float,
     full_width: int,
     sumsq: Tensor | None,
-    activation: str | None,
+    activation: Activation | None,
     unscaled: int,
 ) -> Tensor:
     scaled = weight.shape[0] - unscaled
@@ -130,24 +131,19 @@ def request(
     eps: float,
     full_width: int,
     sumsq: Tensor | None,
-    activation: str | None,
+    activation: Activation | None,
     unscaled: int,
 ) -> Request:
-    return Request(
-        "norm_linear", h.device, h.dtype, regime_of("norm_linear", h.shape[0]), (h.shape[0], *weight.shape), activation
-    )
+    (M, d), n = h.shape, weight.shape[0]
+    return Request("norm_linear", h.device, h.dtype, matmul_regime(M), (M, n, d), activation)
 
 
-def _triton(h: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    from slicegpt_fast.triton_kernels import norm_linear as kernels
-
-    run = kernels.norm_linear if h.numel() and weight.numel() else reference
-    return run(h, weight, *others)
-
-
-def _cuda(h: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    run = cuda.norm_linear if h.numel() and weight.numel() else reference
-    return run(h, weight, *others)
+def operands(request: Request) -> tuple[Any, ...]:
+    """Return random arguments that ask for ``request``, as the layers of a patched model would."""
+    M, n, d = request.shape
+    sumsq = torch.full((M,), float(d), dtype=torch.float32, device=request.device)
+    unscaled = n % 2  # a gate needs pairs of rows
+    return request.random(M, d), request.random_weight(n, d), None, 1e-5, d, sumsq, request.epilogue, unscaled
 
 
 OP = Op(
@@ -158,7 +154,13 @@ OP = Op(
     check=check,
     request=request,
     fake=fake,
+    operands=operands,
+    regime=matmul_regime,
+    epilogues=tuple(ACTIVATE),
+    rules=(
+        Rule("cuda", (8, 0), HALF, "decode", KERNELS, "one pass over the weight"),
+        Rule("cuda", (8, 0), HALF, "prefill", KERNELS, "no norm kernel"),
+        Rule("cpu", (0, 0), (), "decode", ("cpu",), "one pass over the weight"),
+        Rule("cpu", (0, 0), HALF[:1], "prefill", ("cpu",), "torch's fp16 matmul is slow"),
+    ),
 )
-OP.add_backend("cpu", cpu.norm_linear, cpu.refuses)
-OP.add_backend("triton", _triton, triton.refuses)
-OP.add_backend("cuda", _cuda, cuda.linear_refuses)

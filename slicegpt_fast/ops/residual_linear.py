@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicegpt_fast.ops.backends import cpu, cuda, triton
-from slicegpt_fast.ops.dispatch import Op, Request, check_matrix, check_vector, regime_of, require
+from slicegpt_fast.kernels.regimes import Residual, matmul_regime
+from slicegpt_fast.ops.dispatch import HALF, KERNELS, Op, Request, Rule, check_matrix, check_vector, require
 
 
 def residual_linear(
@@ -21,7 +21,7 @@ def residual_linear(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``h' = a @ weight.T + bias + shortcut(h)`` and each row's sum of squares of h'.
+    """Return ``h' = a @ weight.T + bias + shortcut(h)`` and each row's sum of squares of h'.
 
     Args:
         a: [M, k] input of the layer that writes to the residual stream.
@@ -98,28 +98,21 @@ def fake(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def request(
     a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
 ) -> Request:
-    K = a.shape[1] + (0 if a2 is None else a2.shape[1])
-    shortcut = "dense" if residual is None else "add" if a2 is None else "low rank"
-    return Request(
-        "residual_linear",
-        a.device,
-        a.dtype,
-        regime_of("residual_linear", a.shape[0]),
-        (a.shape[0], weight.shape[0], K),
-        shortcut,
-    )
+    (M, k), n = a.shape, weight.shape[0]
+    K = k + (0 if a2 is None else a2.shape[1])
+    epilogue: Residual = "dense" if residual is None else "add" if a2 is None else "low rank"
+    return Request("residual_linear", a.device, a.dtype, matmul_regime(M), (M, n, K), epilogue)
 
 
-def _triton(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    from slicegpt_fast.triton_kernels import residual_linear as kernels
-
-    run = kernels.residual_linear if a.numel() and weight.numel() else reference
-    return run(a, weight, *others)
-
-
-def _cuda(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    run = cuda.residual_linear if a.numel() and weight.numel() else reference
-    return run(a, weight, *others)
+def operands(request: Request) -> tuple[Tensor | None, ...]:
+    """Return random arguments that ask for ``request``, as the layers of a patched model would."""
+    M, n, K = request.shape
+    # How K divides between the layer and the shortcut matters little.
+    k2 = {"dense": n, "low rank": 64}.get(request.epilogue or "add", 0)
+    k2 = k2 if k2 < K else K // 2
+    residual = None if request.epilogue == "dense" else request.random(M, n)
+    shortcut = (request.random(M, k2), request.random_weight(n, k2).T) if k2 else (None, None)
+    return request.random(M, K - k2), request.random_weight(n, K - k2), None, residual, *shortcut
 
 
 OP = Op(
@@ -130,7 +123,13 @@ OP = Op(
     check=check,
     request=request,
     fake=fake,
+    operands=operands,
+    regime=matmul_regime,
+    epilogues=get_args(Residual),
+    rules=(
+        Rule("cuda", (8, 0), HALF, "decode", KERNELS, "one pass over the weights"),
+        Rule("cuda", (8, 0), HALF, "prefill", KERNELS, "no add kernel"),
+        Rule("cpu", (0, 0), (), "decode", ("cpu",), "one pass over the weights"),
+        Rule("cpu", (0, 0), HALF[:1], "prefill", ("cpu",), "torch's fp16 matmul is slow"),
+    ),
 )
-OP.add_backend("cpu", cpu.residual_linear, cpu.refuses)
-OP.add_backend("triton", _triton, triton.refuses)
-OP.add_backend("cuda", _cuda, cuda.linear_refuses)

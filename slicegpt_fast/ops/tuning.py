@@ -17,7 +17,8 @@ from torch import Tensor
 
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.kernels import measured
-from slicegpt_fast.ops.dispatch import OPS, Request, regime_of
+from slicegpt_fast.kernels.regimes import Epilogue
+from slicegpt_fast.ops.dispatch import OPS, Request
 
 TOLERANCE = 0.02  # of a result's norm: far above what 16-bit rounding does to it
 
@@ -29,41 +30,24 @@ class Shape(NamedTuple):
     m: int
     n: int
     k: int
-    epilogue: str | None = None  # as in Request
+    epilogue: Epilogue | None = None
 
 
-class Measured(NamedTuple):
+class Timing(NamedTuple):
     """What one shape came to: microseconds of each backend that can run it, the fastest first."""
 
     shape: Shape
     us: dict[str, float]
 
 
-def block_shapes(
-    width: int, attention: int, key_value: int, intermediate: int, rows: Iterable[int], rank: int = 64
-) -> list[Shape]:
-    """The matmuls of a gated decoder block, with each kind of shortcut.
-
-    Args:
-        width: d, the kept size of the residual stream.
-        attention: heads * head_dim. key_value: key/value heads * head_dim. intermediate: width of the gated MLP.
-        rows: values of M (tokens in a call) to measure.
-        rank: of the low-rank shortcut.
-    """
-    readers = ((attention + 2 * key_value, None), (2 * intermediate, "silu_gate"))
-    shortcuts = (("dense", width), ("low rank", rank), ("add", 0))
-    return [
-        shape
-        for m in rows
-        for shape in (
-            *(Shape("norm_linear", m, n, width, activation) for n, activation in readers),
-            *(Shape("residual_linear", m, width, k + k2, s) for k in (attention, intermediate) for s, k2 in shortcuts),
-        )
-    ]
+def stream_shapes(width: int, rows: int) -> list[Shape]:
+    """Return the calls that slicing makes on ``rows`` tokens of a stream of that width: the ops without a weight."""
+    ops = [op for op in OPS.values() if op.regime(rows) == "tall"]
+    return [Shape(op.name, rows, width, width, epilogue) for op in ops for epilogue in op.epilogues]
 
 
-def tune(shapes: Iterable[Shape], dtype: torch.dtype) -> Iterator[Measured]:
-    """Measures every backend on each shape, Triton's with every tile, into the user's table; yields each result.
+def tune(shapes: Iterable[Shape], dtype: torch.dtype) -> Iterator[Timing]:
+    """Measure every backend on each shape, with each of its tiles, into the user's table; yield each result.
 
     A backend whose result differs from the reference's is warned of and counts as not measured.
 
@@ -74,62 +58,38 @@ def tune(shapes: Iterable[Shape], dtype: torch.dtype) -> Iterator[Measured]:
     from slicegpt_fast.triton_kernels.tiles import choose_tile
 
     for shape in dict.fromkeys(shapes):
-        op, regime = OPS[shape.op], regime_of(shape.op, shape.m)
-        request = Request(shape.op, device, dtype, regime, (shape.m, shape.n, shape.k), shape.epilogue)
-        arguments = operands(request)
+        op = OPS[shape.op]
+        request = Request(shape.op, device, dtype, op.regime(shape.m), (shape.m, shape.n, shape.k), shape.epilogue)
+        arguments = op.operands(request)
         expected = _results(op.backends["reference"].run, arguments)
-        us, tile = {}, None
+        us: dict[str, float] = {}
+        tile = None
         for name, backend in op.backends.items():
             if op.refusal(name, request) is not None:
                 continue
-            times = {}
-            for candidate, run in _candidates(name, request, backend.run):
-                if _agrees(run, arguments, expected):
-                    times[candidate] = microseconds(partial(run, arguments[0].clone(), *arguments[1:]))
+            times: dict[tuple[Any, ...], float] = {}
+            choices: list[tuple[Any, ...]] = [(tile,) for tile in backend.tiles(request)] or [()]
+            for choice in choices:
+                call = (*arguments, *choice)
+                if _agrees(backend.run, call, expected):
+                    times[choice] = microseconds(partial(backend.run, call[0].clone(), *call[1:]))
                 else:
-                    what = f"{name} with {candidate}" if candidate else name
+                    what = f"{name} with {choice[0]}" if choice else name
                     warnings.warn(f"{what} gives wrong results for {shape} and is left out: report it.", stacklevel=2)
             if times:
                 best = min(times, key=times.__getitem__)
-                us[name], tile = round(times[best], 2), best or tile
-        entry = measured.Measured(us, None if tile is None else asdict(tile))
+                us[name], tile = round(times[best], 2), best[0] if best else tile
+        entry = measured.Entry(us, None if tile is None else asdict(tile))
         measured.record(
             measured.gpu_name(device), shape.op, measured.bucket(dtype, request.shape, shape.epilogue), entry
         )
         op.forget()
         choose_tile.cache_clear()
-        yield Measured(shape, dict(sorted(us.items(), key=lambda item: item[1])))
-
-
-def operands(request: Request) -> tuple[Any, ...]:
-    """Random arguments of the op that make it ask for ``request``, as the layers of a patched model would."""
-    m, n, k = request.shape
-    epilogue, device = request.epilogue, request.device
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(request.dtype)
-
-    def weight(n: int, k: int) -> Tensor:
-        """As a model's, so that no product overflows fp16."""
-        return random(n, k) * k**-0.5
-
-    if request.op == "covariance_":
-        row_scale = torch.rand(m, dtype=torch.float32, device=device) + 0.5 if epilogue == "row scale" else None
-        return torch.zeros(n, n, dtype=torch.float64, device=device), random(m, n), row_scale, None
-    if request.op == "norm_linear":
-        unscaled = n % 2  # a gate needs pairs of rows
-        sumsq = torch.full((m,), float(k), dtype=torch.float32, device=device)
-        return random(m, k), weight(n, k), None, 1e-5, k, sumsq, epilogue, unscaled
-    # How K divides between the layer and the shortcut matters little.
-    k2 = {"add": 0, "dense": n, "low rank": 64}[epilogue or "add"]
-    k2 = k2 if k2 < k else k // 2
-    residual = None if epilogue == "dense" else random(m, n)
-    shortcut = (random(m, k2), weight(n, k2).T) if k2 else (None, None)
-    return random(m, k - k2), weight(n, k - k2), None, residual, *shortcut
+        yield Timing(shape, dict(sorted(us.items(), key=lambda item: item[1])))
 
 
 def microseconds(run: Callable[[], Any]) -> float:
-    """The median time of ``run`` on the GPU, with a cold cache; infinite where the GPU cannot hold its tile."""
+    """Return the median time of ``run`` on the GPU, with a cold cache; infinite where the GPU cannot hold its tile."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -140,7 +100,7 @@ def microseconds(run: Callable[[], Any]) -> float:
 
 
 def _results(run: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """What a call computes: its results, or the first argument that it changed in place."""
+    """Return what a call computes: its results, or the first argument that it changed in place."""
     first = arguments[0].clone()
     returned = run(first, *arguments[1:])
     return returned if isinstance(returned, tuple) else (first if returned is None else returned,)
@@ -156,20 +116,6 @@ def _agrees(run: Callable[..., Any], arguments: tuple[Any, ...], expected: tuple
         return True  # its time is infinite
     norms = ((torch.dist(a.double(), b.double()), b.double().norm()) for a, b in zip(results, expected, strict=True))
     return all(bool(distance <= TOLERANCE * norm) for distance, norm in norms)
-
-
-def _candidates(backend: str, request: Request, run: Callable[..., Any]) -> Iterator[tuple[Any, Callable[..., Any]]]:
-    """What there is to time of a backend: Triton's matmuls with each tile, anything else as it is."""
-    if backend != "triton" or request.op == "covariance_":
-        yield None, run
-        return
-    from slicegpt_fast.triton_kernels.launch import gpu_of
-    from slicegpt_fast.triton_kernels.tiles import tiles_for
-
-    m, *widths = request.shape
-    aligned = all(width % 8 == 0 for width in (widths[1:] if request.op == "norm_linear" else widths))
-    for tile in tiles_for(gpu_of(request.device), request.dtype, m, aligned, request.epilogue):
-        yield tile, lambda *arguments, tile=tile: run(*arguments, tile)
 
 
 def _device() -> torch.device:

@@ -33,6 +33,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from slicegpt_fast.architectures import Architecture, Branch, Sublayer, Weight, at, weights
+from slicegpt_fast.kernels.regimes import Activation, Epilogue, Residual
 from slicegpt_fast.ops.dispatch import HALF, Request
 from slicegpt_fast.ops.norm_linear import norm_linear
 from slicegpt_fast.ops.residual_linear import residual_linear
@@ -124,7 +125,7 @@ class WriterForward:
 class FusedBranch:
     """``read`` and ``write``: the two ops of one branch."""
 
-    activation: str | None = None
+    activation: Activation | None = None
     forwards: dict[nn.Module, Forward]
 
     def __init__(self, layer: nn.Module, branch: Branch, down: nn.Linear | None, backend: str) -> None:
@@ -192,7 +193,8 @@ class FusedFeedForward(FusedBranch):
         rows = self.reader.rows()[-1].stop - self.unscaled
         self.gated = rows == 2 * self.writer.weights[0].matrix.shape[1]
         self.act: nn.Module = at(layer, cast(str, branch.activation))
-        self.activation = (GATED_ACTIVATIONS if self.gated else ACTIVATIONS).get(type(self.act))
+        computed = (GATED_ACTIVATIONS if self.gated else ACTIVATIONS).get(type(self.act))
+        self.activation = cast(Activation | None, computed)
 
     def run(self, h: Tensor, sumsq: Tensor | None, layer_arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
         read = self.read(h, sumsq)
@@ -242,7 +244,7 @@ class FusedSublayer:
             found += requests("residual_linear", writer, (writer.shape[0], writer.shape[1] + k2), shortcut)
         return found
 
-    def _second_pair(self) -> tuple[int, str]:
+    def _second_pair(self) -> tuple[int, Residual]:
         """The width of the second pair of matrices in ``residual_linear``, and the kind of shortcut."""
         if self.shortcut is None:
             return 0, "add"
@@ -364,7 +366,7 @@ def infers(module: nn.Module, parameters: list[Tensor], x: Tensor) -> bool:
     return not (module.training or wants_grad or torch.is_autocast_enabled(x.device.type))
 
 
-def requests(op: str, weight: Tensor, widths: tuple[int, int], epilogue: str | None = None) -> Requests:
+def requests(op: str, weight: Tensor, widths: tuple[int, int], epilogue: Epilogue | None = None) -> Requests:
     """What a call with a weight like ``weight``, of N rows and K columns, asks of an op."""
     decode = Request(op, weight.device, weight.dtype, "decode", (1, *widths), epilogue)
     return [(decode, replace(decode, regime="prefill", shape=(512, *widths)))]

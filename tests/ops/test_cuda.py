@@ -15,8 +15,8 @@ from slicegpt_fast.kernels import measured, native
 from slicegpt_fast.kernels.counters import counters
 from slicegpt_fast.ops import norm_linear, residual_linear
 from slicegpt_fast.ops.backends import cuda
-from slicegpt_fast.ops.dispatch import AUTO, OPS, Op, Request
-from slicegpt_fast.ops.norm_linear import ACTIVATIONS
+from slicegpt_fast.ops.dispatch import OPS, Op, Request
+from slicegpt_fast.ops.norm_linear import ACTIVATE
 from slicegpt_fast.ops.norm_linear import reference as norm_reference
 
 HEADER = Path(__file__).parents[2] / "csrc/slicegpt_fast.h"
@@ -30,11 +30,11 @@ def test_auto_takes_nothing_unmeasured(cache, monkeypatch):
     monkeypatch.setattr(Request, "capability", property(lambda self: (9, 0)))
     monkeypatch.setattr(Op, "refusal", lambda self, backend, request: None)
     monkeypatch.setattr(measured, "gpu_name", lambda device: "NVIDIA H200")
-    rules = [rule for rule in AUTO if "cuda" in rule.backends]
+    rules = [(op, rule) for op in OPS.values() for rule in op.rules if "cuda" in rule.backends]
     assert rules
-    for rule in rules:
-        request = Request(rule.op, torch.device("cuda"), torch.bfloat16, rule.regime, (8, 64, 64))
-        assert OPS[rule.op].choose("auto", request) == "reference"
+    for op, rule in rules:
+        request = Request(op.name, torch.device("cuda"), torch.bfloat16, rule.regime, (8, 64, 64))
+        assert op.choose("auto", request) == "reference"
 
 
 def test_codes_are_those_of_the_header():
@@ -45,7 +45,7 @@ def test_codes_are_those_of_the_header():
     assert {(name or "no_activation").upper(): code for name, code in cuda.ACTIVATIONS.items()} == {
         name: codes[name] for name in ("NO_ACTIVATION", "RELU", "GELU", "GELU_TANH", "SILU_GATE")
     }
-    assert cuda.ACTIVATIONS.keys() == ACTIVATIONS.keys()
+    assert cuda.ACTIVATIONS.keys() == ACTIVATE.keys()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ ROWS = [pytest.param(9, marks=with_cuda), pytest.param(40, marks=with_hopper)]  
 
 
 @pytest.mark.parametrize("M", ROWS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATE)
 def test_norm_linear_reaches_the_device_check(activation, M, on_host):
     h, weight, bias = torch.zeros(M, 40).half(), torch.zeros(88, 40).half(), torch.zeros(80).half()
     for sumsq in (None, torch.ones(M)):

@@ -6,7 +6,7 @@ import torch
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.kernels import measured
 from slicegpt_fast.ops import use_backend
-from slicegpt_fast.ops.dispatch import AUTO, OPS, Backend, Request
+from slicegpt_fast.ops.dispatch import OPS, Backend, Request
 
 H200 = (9, 0)
 
@@ -78,8 +78,8 @@ def test_auto_on_cuda(op_name, capability, operand, backend, monkeypatch):
     """Where everything was measured and Triton has won."""
     monkeypatch.setattr(Request, "capability", property(lambda self: capability))
     monkeypatch.setattr(measured, "gpu_name", lambda device: "a GPU")
-    monkeypatch.setattr(measured, "lookup", lambda *key: measured.Measured({"reference": 2.0, "triton": 1.0}))
-    for regime in {rule.regime for rule in AUTO if rule.op == op_name}:
+    monkeypatch.setattr(measured, "lookup", lambda *key: measured.Entry({"reference": 2.0, "triton": 1.0}))
+    for regime in {rule.regime for rule in OPS[op_name].rules}:
         request = Request(op_name, torch.device("cuda"), operand, regime, (64, 64, 64))
         assert OPS[op_name].choose("auto", request) == backend
 

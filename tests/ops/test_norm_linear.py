@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops import norm_linear, use_backend
-from slicegpt_fast.ops.norm_linear import ACTIVATIONS, reference
+from slicegpt_fast.ops.norm_linear import ACTIVATE, reference
 
 EPS = 1e-5
 
@@ -35,7 +35,7 @@ def test_matches_fp64(shape, backend, dtype, device):
 
 @pytest.mark.parametrize("M", [3, 40])
 @pytest.mark.parametrize("unscaled", [0, 8, 3])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATE)
 def test_activations_and_unscaled_columns(activation, unscaled, M, backend, dtype, device):
     check(inputs(M, 2 * 36 + unscaled, 40, dtype, device, activation, unscaled), backend)
 
@@ -77,7 +77,7 @@ def test_empty(shape, backend, dtype, device):
     pairs=st.integers(1, 60),
     d=st.integers(1, 120),
     unscaled=st.integers(0, 20),
-    activation=st.sampled_from(list(ACTIVATIONS)),
+    activation=st.sampled_from(list(ACTIVATE)),
     seed=st.integers(0, 99),
 )
 def test_any_shape(backend, M, pairs, d, unscaled, activation, seed):
@@ -143,7 +143,7 @@ def test_threads_share_no_column_of_a_transposed_weight(M, activation, dtype, th
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATE)
 def test_extreme_values(activation, dtype):
     extremes = torch.tensor([-3e38, -1e5, -100, -89, -88, -0.0, 0, 88, 1e5, 3e38, -torch.inf, torch.nan])
     weight = torch.zeros(len(extremes), 8, dtype=dtype)

@@ -63,7 +63,7 @@ def test_covariance_splits_are_short_enough(N, D):
 
 
 def record(tile):
-    entry = measured.Measured({"reference": 90.0, "triton": 100.0}, asdict(tile))
+    entry = measured.Entry({"reference": 90.0, "triton": 100.0}, asdict(tile))
     measured.record(H200.name, "norm_linear", measured.bucket(BF16, (4096, 4096, 2872), None), entry)
     tiles.choose_tile.cache_clear()
 

@@ -1,17 +1,19 @@
 """Tuning: what is measured, what the table keeps of it, and what ``auto`` makes of that."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from compile_ahead import GPUS
+from tune import block_shapes
 
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.kernels import measured
 from slicegpt_fast.ops import dispatch, kernel_table, norm_linear, tuning
 from slicegpt_fast.ops.dispatch import OPS, Request
-from slicegpt_fast.ops.tuning import Shape, block_shapes, tune
+from slicegpt_fast.ops.tuning import Shape, tune
 from slicegpt_fast.triton_kernels import tiles
 from slicegpt_fast.triton_kernels.launch import INTERPRETER
 
@@ -43,7 +45,7 @@ def clock(monkeypatch):
                 running.append((name, arguments))
                 return backend.run(*arguments)
 
-            monkeypatch.setitem(op.backends, name, dispatch.Backend(run, backend.refuses))
+            monkeypatch.setitem(op.backends, name, replace(backend, run=run))
 
     def microseconds(call):
         call()
@@ -86,7 +88,7 @@ def test_a_kernel_that_is_wrong_is_left_out(shape, cache, clock, monkeypatch):
         result.mul_(1.5)
         return returned
 
-    monkeypatch.setitem(op.backends, "cpu", dispatch.Backend(wrong, op.backends["cpu"].refuses))
+    monkeypatch.setitem(op.backends, "cpu", replace(op.backends["cpu"], run=wrong))
     with pytest.warns(UserWarning, match=r"^cpu gives wrong results for Shape\("):
         ((_, us),) = tune([shape], HALF)
     assert "cpu" not in us
@@ -97,7 +99,7 @@ def test_a_kernel_that_is_wrong_is_left_out(shape, cache, clock, monkeypatch):
 def test_no_product_of_fp16_operands_overflows(op):
     shape = (4, 64, 1 << 16)
     epilogue = {"norm_linear": "silu_gate", "residual_linear": "dense"}[op]
-    arguments = tuning.operands(Request(op, torch.device("cpu"), HALF, "decode", shape, epilogue))
+    arguments = OPS[op].operands(Request(op, torch.device("cpu"), HALF, "decode", shape, epilogue))
     for result in tuning._results(OPS[op].backends["reference"].run, arguments):
         assert result.abs().max() < 32 if result.dtype == HALF else result.isfinite().all()
 
@@ -111,12 +113,12 @@ def hopper(monkeypatch):
 
 
 def request(op="norm_linear", m=4096, epilogue=None):
-    return Request(op, CUDA, torch.bfloat16, dispatch.regime_of(op, m), (m, 4096, 2872), epilogue)
+    return Request(op, CUDA, torch.bfloat16, OPS[op].regime(m), (m, 4096, 2872), epilogue)
 
 
 def record(asked, tile=None, **us):
     bucket = measured.bucket(asked.dtype, asked.shape, asked.epilogue)
-    measured.record("NVIDIA H200", asked.op, bucket, measured.Measured(us, tile))
+    measured.record("NVIDIA H200", asked.op, bucket, measured.Entry(us, tile))
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -186,7 +188,7 @@ def test_old_and_foreign_tables_count_as_unmeasured(table, cache, hopper):
 
 def test_records_add_up(cache):
     for n in (8, 16):
-        measured.record("NVIDIA H200", "norm_linear", measured.bucket(HALF, (32, n, 8), None), measured.Measured({}))
+        measured.record("NVIDIA H200", "norm_linear", measured.bucket(HALF, (32, n, 8), None), measured.Entry({}))
     assert len(json.loads(measured.user_table().read_text())["NVIDIA H200"]["norm_linear"]) == 2
     assert [path.name for path in (cache / "slicegpt-fast").iterdir()] == ["tuned.json"]
 

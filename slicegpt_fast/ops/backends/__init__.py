@@ -1,1 +1,1 @@
-"""The backends of the ops, one file each: ``cpu``, ``cuda``, ``triton``."""
+"""The backends of the ops, one file each: ``cpu``, ``cuda``, ``triton``. Each ends with what it offers to which op."""

@@ -10,7 +10,10 @@ from torch import Tensor
 from slicegpt_fast import _C
 from slicegpt_fast.kernels.native import ACTIVATIONS, DTYPES
 from slicegpt_fast.kernels.operands import address, matrix_at, rows, rows_at, vector
+from slicegpt_fast.ops.covariance import OP as COVARIANCE
 from slicegpt_fast.ops.dispatch import Request
+from slicegpt_fast.ops.norm_linear import OP as NORM_LINEAR
+from slicegpt_fast.ops.residual_linear import OP as RESIDUAL_LINEAR
 
 STREAMED_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: math.inf}  # with more, torch's matmul is faster
 
@@ -92,3 +95,8 @@ def residual_linear(
 def _rows_or_columns(weight: Tensor) -> Tensor:
     """``weight``, or a copy of it, with each row or each column in one piece."""
     return weight if 1 in weight.stride() else weight.contiguous()
+
+
+COVARIANCE.add_backend("cpu", covariance_, refuses)
+NORM_LINEAR.add_backend("cpu", norm_linear, refuses)
+RESIDUAL_LINEAR.add_backend("cpu", residual_linear, refuses)

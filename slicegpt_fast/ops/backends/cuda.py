@@ -18,7 +18,10 @@ from slicegpt_fast.kernels.counters import counters
 from slicegpt_fast.kernels.native import ACTIVATIONS, DTYPES, build_info
 from slicegpt_fast.kernels.operands import address, rows, rows_at, vector
 from slicegpt_fast.kernels.regimes import DECODE_ROWS
+from slicegpt_fast.ops.covariance import OP as COVARIANCE
 from slicegpt_fast.ops.dispatch import HALF, Request
+from slicegpt_fast.ops.norm_linear import OP as NORM_LINEAR
+from slicegpt_fast.ops.residual_linear import OP as RESIDUAL_LINEAR
 
 PREPARED_TOKENS = 16384  # bounds the copies of x that a row scale, a mask or a misaligned x calls for
 
@@ -171,3 +174,8 @@ def residual_linear(
             plan, workspace.data_ptr(), address(counters(plan[2], a.device)), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return y, sumsq
+
+
+COVARIANCE.add_backend("cuda", covariance_, hopper_refuses)
+NORM_LINEAR.add_backend("cuda", norm_linear, linear_refuses)
+RESIDUAL_LINEAR.add_backend("cuda", residual_linear, linear_refuses)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from slicegpt_fast.ops.covariance import OP as COVARIANCE
 from slicegpt_fast.ops.dispatch import Request
+from slicegpt_fast.ops.norm_linear import OP as NORM_LINEAR
+from slicegpt_fast.ops.residual_linear import OP as RESIDUAL_LINEAR
+
+if TYPE_CHECKING:
+    from slicegpt_fast.triton_kernels.tiles import Tile
 
 
 def refuses(request: Request) -> str | None:
@@ -24,3 +32,38 @@ def refuses(request: Request) -> str | None:
     if request.dtype == torch.float32 and request.capability >= (10, 0):
         return "on this GPU Triton rounds fp32 operands to tf32"
     return None
+
+
+def tiles(request: Request, *widths: int) -> tuple[Tile, ...]:
+    """Return every tile that a matmul may use; rows load in vectors where all of ``widths`` divide into them."""
+    from slicegpt_fast.triton_kernels.launch import gpu_of
+    from slicegpt_fast.triton_kernels.tiles import tiles_for
+
+    aligned = all(width % 8 == 0 for width in widths)
+    return tiles_for(gpu_of(request.device), request.dtype, request.shape[0], aligned, request.epilogue)
+
+
+# Triton is imported with the first call of a kernel: it may be missing.
+
+
+def covariance_(*arguments: Any) -> None:
+    from slicegpt_fast.triton_kernels.covariance import covariance_
+
+    covariance_(*arguments)
+
+
+def norm_linear(*arguments: Any) -> Tensor:
+    from slicegpt_fast.triton_kernels.norm_linear import norm_linear
+
+    return norm_linear(*arguments)
+
+
+def residual_linear(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from slicegpt_fast.triton_kernels.residual_linear import residual_linear
+
+    return residual_linear(*arguments)
+
+
+COVARIANCE.add_backend("triton", covariance_, refuses)
+NORM_LINEAR.add_backend("triton", norm_linear, refuses, lambda request: tiles(request, request.shape[2]))
+RESIDUAL_LINEAR.add_backend("triton", residual_linear, refuses, lambda request: tiles(request, *request.shape[1:]))
