@@ -1,5 +1,6 @@
 """slicegpt-fast: slice transformer language models and run them on kernels made for their widths."""
 
+from slicegpt_fast.calibration import token_batches
 from slicegpt_fast.checkpoint import load_model, load_tokenizer, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import perplexity
@@ -21,5 +22,6 @@ __all__ = [
     "save_model",
     "slice_checkpoint",
     "slice_model",
+    "token_batches",
     "unpatch_model",
 ]
