@@ -8,6 +8,7 @@ from pathlib import Path
 # imports what it needs, so that --help is quick. Python imports a package before the script's own module in it, so the
 # script is known by its file; under another name it is only slower.
 if Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").name != "slicegpt-fast":
+    from slicegpt_fast.calibration import token_batches
     from slicegpt_fast.checkpoint import load_model, load_tokenizer, save_model
     from slicegpt_fast.errors import InputError
     from slicegpt_fast.evaluation import perplexity
@@ -30,5 +31,6 @@ __all__ = [
     "save_model",
     "slice_checkpoint",
     "slice_model",
+    "token_batches",
     "unpatch_model",
 ]

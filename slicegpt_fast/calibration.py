@@ -145,6 +145,44 @@ def join_documents(documents: Iterable[str], seed: int | None = None) -> str:
     return "\n\n".join(documents)
 
 
+def token_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Iterable[str],
+    *,
+    length: int = 2048,
+    sequences: int | None = 128,
+    seed: int | None = 0,
+) -> tuple[Tensor, ...]:
+    """Return batches of token ids for :func:`slicegpt_fast.slice_model` and :func:`slicegpt_fast.perplexity`.
+
+    The documents are joined by a blank line and cut into consecutive sequences, without special tokens. The defaults
+    are those of ``slicegpt-fast slice``.
+
+    Args:
+        tokenizer: the model's.
+        text: one text, or a list of documents.
+        length: tokens per sequence; no more than the model has positions.
+        sequences: how many; None for all that the text has.
+        seed: shuffles the documents; None keeps their order.
+
+    Returns:
+        Batches, LongTensors [B, length] of about 2048 tokens each.
+
+    Raises:
+        InputError: an argument is of the wrong type or out of range, or the text is too short.
+    """
+    if not isinstance(text, Iterable):
+        raise InputError(f"text must be a string or a list of strings, not {type(text).__name__}: read files first.")
+    documents = [text] if isinstance(text, str) else list(text)
+    for index, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise InputError(
+                f"document {index} of text must be a string, not {type(document).__name__}: give a list of strings."
+            )
+    count = 1 if sequences is None else sequences
+    return batched(token_windows(tokenizer, join_documents(documents, seed), length, count=count)[:sequences])
+
+
 def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, *, count: int = 1) -> Tensor:
     """Cut a text into consecutive windows of ``length`` tokens, without special tokens; a shorter rest is dropped.
 

@@ -2,13 +2,14 @@
 
 import random
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from texts import TEXT, word_tokenizer
 
-from slicegpt_fast import InputError
+from slicegpt_fast import InputError, token_batches
 from slicegpt_fast.calibration import (
     DATASETS,
     batched,
@@ -101,6 +102,49 @@ class TestWindows:
         batches = batched(windows)
         assert [len(batch) for batch in batches] == sizes
         assert torch.equal(torch.cat(batches), windows)
+
+
+class TestBatches:
+    def test_what_the_command_line_makes(self):
+        documents = [" ".join(TEXT.split()[number:]) for number in range(12)]
+        windows = token_windows(word_tokenizer(), join_documents(documents, seed=0), 8)
+        for each in (documents, tuple(documents), iter(documents)):
+            batches = token_batches(word_tokenizer(), each, length=8, sequences=5)
+            assert torch.equal(torch.cat(batches), windows[:5])
+        everything = token_batches(word_tokenizer(), documents, length=8, sequences=None)
+        assert torch.equal(torch.cat(everything), windows)
+        ordered = token_batches(word_tokenizer(), documents, length=8, sequences=5, seed=None)
+        assert torch.equal(torch.cat(ordered), token_windows(word_tokenizer(), join_documents(documents), 8)[:5])
+        assert not torch.equal(torch.cat(ordered), windows[:5])
+
+    def test_one_text(self):
+        (batch,) = token_batches(word_tokenizer(), TEXT, length=8, sequences=2)
+        assert torch.equal(batch, token_windows(word_tokenizer(), TEXT, 8)[:2])
+
+    @pytest.mark.parametrize(("length", "wanted"), [(512, [4, 1]), (2048, [1] * 5)])
+    def test_about_2048_tokens_each(self, length, wanted):
+        batches = token_batches(word_tokenizer(), "cat " * 5 * length, length=length, sequences=5)
+        assert [len(batch) for batch in batches] == wanted
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (7, r"^text must be a string or a list of strings, not int: "),
+            (None, r"^text must be a string or a list of strings, not NoneType: "),
+            (Path("corpus.txt"), r"^text must be a string or a list of strings, not PosixPath: "),
+            (b"some bytes", r"^document 0 of text must be a string, not int: "),
+            (["a", None], r"^document 1 of text must be a string, not NoneType: "),
+            ([{"text": "a"}], r"^document 0 of text must be a string, not dict: "),
+        ],
+    )
+    def test_what_is_no_text(self, text, message):
+        with pytest.raises(InputError, match=message):
+            token_batches(word_tokenizer(), text)
+
+    @pytest.mark.parametrize("wrong", [dict(sequences=0), dict(sequences=-1), dict(length=1), dict(length=0)])
+    def test_out_of_range(self, wrong):
+        with pytest.raises(InputError, match=r"are no text: ask for 1 of 2 tokens at least"):
+            token_batches(word_tokenizer(), TEXT, **wrong)
 
 
 class TestDatasets:

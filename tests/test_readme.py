@@ -1,0 +1,146 @@
+"""What the documents say: their Python blocks run, their commands exist, their figures are the committed ones."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import datasets
+import pytest
+import typer
+from models import tiny_model
+from texts import TEXT, word_tokenizer
+
+import slicegpt_fast as sf
+from slicegpt_fast.architectures import ARCHITECTURES, REFUSED, Architecture
+from slicegpt_fast.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/export.md")
+README = (ROOT / "README.md").read_text()
+HUB_ID = "HuggingFaceTB/SmolLM2-135M"
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def section(title: str) -> str:
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a table, its head and the line below left out."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_python_blocks_run(tmp_path, monkeypatch, capsys):
+    """All in one namespace. A small model stands in for the one of the hub, a list of sentences for the dataset."""
+    sf.save_model(tiny_model(max_position_embeddings=512), tmp_path / "dense", word_tokenizer())
+    for load in (sf.load_model, sf.load_tokenizer):
+
+        def local(source, load=load):
+            assert source == HUB_ID
+            return load(tmp_path / "dense")
+
+        monkeypatch.setattr(sf, load.__name__, local)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": [TEXT] * 1500})
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for document in DOCUMENTS:
+        for number, block in enumerate(blocks(document, "python")):
+            exec(compile(block, f"{document}, Python block {number}", "exec"), namespace)
+        if document == "README.md":
+            assert sf.patch_report(namespace["sliced"]).fused == 7
+            assert namespace["reloaded"].num_parameters() == namespace["sliced"].num_parameters()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "llama 32"
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "smaller", "plain"}
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    lines = [
+        shlex.split(line, comments=True)
+        for document in DOCUMENTS
+        for block in blocks(document, "sh")
+        for line in block.replace("\\\n", "").splitlines()
+    ]
+    return [(words[0], words[1:]) for words in lines if words]
+
+
+def test_commands_parse():
+    ours = typer.main.get_command(app).commands
+    used = [arguments for program, arguments in commands() if program == "slicegpt-fast"]
+    assert len(used) > 5
+    for name, *arguments in used:
+        ours[name].make_context(name, arguments)  # raises for an option that is not there
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {arguments[0] for program, arguments in commands() if program == "make"}
+    mentioned = {target for document in DOCUMENTS for target in mentions((ROOT / document).read_text())}
+    assert "quickstart" in named
+    assert named | mentioned <= targets
+
+
+def mentions(text: str) -> list[str]:
+    return re.findall(r"`make ([a-z-]+)", text)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text())
+    assert all((ROOT / document).parent.joinpath(link).exists() for link in links if "://" not in link)
+
+
+def test_speeds_are_the_committed_ones():
+    """README's table of decode speeds, and the ratios of its first screen."""
+    run = json.loads((ROOT / "docs/benchmarks/amd-epyc-avx512bf16-2-threads.json").read_text())
+    decode = {
+        each["params"]["dtype"]: each["extra_info"]
+        for each in run["benchmarks"]
+        if each["group"] == "end_to_end" and each["params"]["phase"] == "decode"
+    }
+    speed_rows = [row for row in rows(section("Running fast")) if row[0] in ("bf16", "fp32")]
+    assert len(speed_rows) == 2
+    for name, *speeds in speed_rows:
+        info = decode[{"bf16": "bfloat16", "fp32": "float32"}[name]]
+        assert speeds == [f"{info['tokens'] / info['seconds'][model]:.1f}" for model in ("dense", "sliced", "patched")]
+    ratios = [f"{decode[dtype]['times as fast']['dense']:.1f}" for dtype in ("bfloat16", "float32")]
+    assert re.search(r"decodes ([\d.]+)\s+times .* bf16 and ([\d.]+) times in fp32", README).groups() == tuple(ratios)
+
+
+def test_perplexities_are_the_committed_ones():
+    measured = json.loads((ROOT / "docs/benchmarks/perplexity.json").read_text())
+    table = {row[0]: row[1:] for row in rows(section("Which basis?")) if len(row) == 6}
+    cells = [row for row in measured["rows"] if "perplexity" in row]
+    columns = sorted({row["budget"] for row in cells}, reverse=True)
+    for row in cells:
+        cell = table[row["plan"]][columns.index(row["budget"])]
+        assert cell == f"{row['perplexity']:.1f} ({row['width']})"
+    stated = re.search(r"is ([\d.]+) at 80 % and ([\d.]+) at 95 %, where the dense model has ([\d.]+)\.", README)
+    best = {row["budget"]: row["perplexity"] for row in cells if row["plan"] == "shared, re-fitted"}
+    assert stated.groups() == tuple(f"{each:.1f}" for each in (best[0.8], best[0.95], measured["dense_perplexity"]))
+
+
+def test_the_table_of_models_is_the_table_of_the_code():
+    plain = {re.sub(r"\W", "", name.lower()): name for name in (*ARCHITECTURES, *REFUSED)}
+    known = {name.replace("_", ""): key for name, key in plain.items()}
+    found = {}
+    for families, *cells in rows(section("Models")):
+        for family in re.split(", | / ", families):
+            if family != "Pythia":  # GPT-NeoX under another name
+                found[known[re.sub(r"\W", "", family.lower())]] = cells
+    assert found.keys() == (ARCHITECTURES.keys() | REFUSED.keys()) - {"gemma3_text"}
+    for name, (slicing, patching, export) in found.items():
+        row = ARCHITECTURES.get(name)
+        if row is None:
+            assert (slicing, patching, export) == ("no", "no", "no")
+            continue
+        if not isinstance(row, Architecture):
+            assert (slicing[:3], patching, export) == ("yes", "sliced", "no")  # all of them have LayerNorms
+            continue
+        assert ("slice_head" in slicing) == row.keeps_width
+        assert (export == "no", patching == "sliced") == (row.centered, row.centered)
