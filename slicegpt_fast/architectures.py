@@ -30,6 +30,7 @@ class Branch:
         readers, writers: linear modules, or parameters of shape [experts, out, in]. Paths that a layer lacks are left
             out (mixture-of-experts families have layers of both kinds).
         takes_layer_arguments: the first module is called with the layer's arguments (masks, positions, cache).
+        keyword: by which the family gives the first module the normalised stream; None where it does so by position.
         activation: the module between a feed-forward network's readers and writers; None for attention.
     """
 
@@ -38,6 +39,7 @@ class Branch:
     readers: tuple[str, ...]
     writers: tuple[str, ...]
     takes_layer_arguments: bool = False
+    keyword: str | None = None
     activation: str | None = None
 
 
@@ -150,10 +152,13 @@ def weights(layer: nn.Module, paths: tuple[str, ...]) -> list[Weight]:
     return found
 
 
-def attention(norm: str, module: str, readers: tuple[str, ...], writer: str, *after: str) -> Branch:
+def attention(
+    norm: str, module: str, readers: tuple[str, ...], writer: str, *after: str, keyword: str | None = "hidden_states"
+) -> Branch:
     """An attention branch; ``readers`` and ``writer`` are names inside ``module``."""
     inside = tuple(f"{module}.{reader}" for reader in readers)
-    return Branch(norm, (module, *after), inside, (f"{module}.{writer}",), takes_layer_arguments=True)
+    writers = (f"{module}.{writer}",)
+    return Branch(norm, (module, *after), inside, writers, takes_layer_arguments=True, keyword=keyword)
 
 
 def mlp(
@@ -202,7 +207,10 @@ PHI = Architecture(
     centered=True,
 )
 GPT2 = Architecture(
-    sequential(attention("ln_1", "attn", ("c_attn",), "c_proj"), mlp("ln_2", "mlp", ("c_fc",), ("c_proj",), "act")),
+    sequential(
+        attention("ln_1", "attn", ("c_attn",), "c_proj", keyword=None),
+        mlp("ln_2", "mlp", ("c_fc",), ("c_proj",), "act"),
+    ),
     embeddings=("transformer.wte", "transformer.wpe"),
     layers="transformer.h",
     final_norm="transformer.ln_f",
@@ -236,7 +244,9 @@ def gpt_neox(config: PreTrainedConfig) -> Architecture:
     form = parallel if config.use_parallel_residual else sequential
     return Architecture(
         form(
-            attention("input_layernorm", "attention", ("query_key_value",), "dense", "post_attention_dropout"),
+            attention(
+                "input_layernorm", "attention", ("query_key_value",), "dense", "post_attention_dropout", keyword=None
+            ),
             mlp("post_attention_layernorm", "mlp", ("dense_h_to_4h",), ("dense_4h_to_h",), "act", "post_mlp_dropout"),
         ),
         embeddings=("gpt_neox.embed_in",),
@@ -262,7 +272,7 @@ def falcon(config: PreTrainedConfig) -> Architecture:
         norms = ("input_layernorm", "post_attention_layernorm")
     return Architecture(
         (parallel if in_parallel else sequential)(
-            attention(norms[0], "self_attention", ("query_key_value",), "dense"),
+            attention(norms[0], "self_attention", ("query_key_value",), "dense", keyword=None),
             mlp(norms[1], "mlp", ("dense_h_to_4h",), ("dense_4h_to_h",), "act"),
         ),
         embeddings=("transformer.word_embeddings",),

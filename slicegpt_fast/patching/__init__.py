@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import architecture_of
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.dispatch import BACKENDS, OPS, asked_for
+from slicegpt_fast.patching.guards import NotFusable, Place, forward_slot
 from slicegpt_fast.patching.head import FusedHead
-from slicegpt_fast.patching.layers import DTYPES, FusedLayer, FusedSublayer, NotFusable, Requests, forward_slot
-from slicegpt_fast.patching.report import PatchReport, Row
+from slicegpt_fast.patching.layers import FusedLayer, FusedSublayer, Requests
+from slicegpt_fast.patching.packing import DTYPES
+from slicegpt_fast.patching.report import PartReport, PatchReport
 
 __all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
 
@@ -96,8 +98,8 @@ def patch_model(
         raise InputError(f"model has dtype {model.dtype}; the ops take {dtypes}: convert it with model.to().")
 
     names = [f"{architecture.layers}.{index}.{sublayer.name}" for index, _, sublayer in architecture.sites(model)]
-    head = model.get_output_embeddings()
-    head_name = next(name for name, module in model.named_modules() if module is head)
+    head = _head(model)
+    head_name, family = head[0], model.config.model_type
     for pattern in options[1] + options[2]:
         if not any(fnmatchcase(name, pattern) for name in (*names, head_name)):
             raise InputError(f"no part of the model is called {pattern!r}; the parts are {names[0]} ... {head_name}.")
@@ -106,7 +108,7 @@ def patch_model(
     layers: dict[int, FusedLayer] = {}
     for name, (index, layer, sublayer) in zip(names, architecture.sites(model), strict=True):
         _check_devices(f"{architecture.layers}.{index}", layer)
-        part = patch.parts[name] = _fused(name, options, partial(FusedSublayer, layer, sublayer))
+        part = patch.parts[name] = _fused(name, options, partial(FusedSublayer, layer, architecture, sublayer, family))
         if isinstance(part, FusedSublayer):
             if index not in layers:
                 layers[index] = FusedLayer(layer, architecture)
@@ -121,9 +123,9 @@ def patch_model(
         warnings.warn(message, stacklevel=2)
     model._slicegpt_fast_patch = patch  # type: ignore[assignment]
     try:
+        patch.apply()
         for fused in patch.layers:
             fused.attach()
-        patch.apply()
     except BaseException:
         unpatch_model(model)
         raise
@@ -161,20 +163,21 @@ def patch_report(model: PreTrainedModel) -> PatchReport:
 def op_requests(model: PreTrainedModel) -> Requests:
     """What the ops are asked for once ``model`` is patched; its weights may be absent (on the device "meta")."""
     found: Requests = []
-    for _, layer, sublayer in architecture_of(model).sites(model):
+    architecture, family = architecture_of(model), model.config.model_type
+    for _, layer, sublayer in architecture.sites(model):
         with suppress(NotFusable):
-            found += FusedSublayer(layer, sublayer, "auto").requests()
+            found += FusedSublayer(layer, architecture, sublayer, family, "auto").requests()
     with suppress(NotFusable):
-        found += FusedHead(model.get_output_embeddings(), "auto").requests()
+        found += FusedHead(_head(model), "auto").requests()
     return found
 
 
-def _row(name: str, part: FusedSublayer | FusedHead | str, backend: str) -> Row:
+def _row(name: str, part: FusedSublayer | FusedHead | str, backend: str) -> PartReport:
     reason = part if isinstance(part, str) else "training mode" if part.module.training else part.changed()
     if isinstance(part, str) or reason is not None:
-        return Row(name, "", "", "", reason)
+        return PartReport(name, "", "", "", reason)
     decode, prefill = _backends(part.requests(), backend)
-    return Row(name, " + ".join(request.op for request, _ in part.requests()), decode, prefill, None)
+    return PartReport(name, " + ".join(request.op for request, _ in part.requests()), decode, prefill, None)
 
 
 def _backends(requests: Requests, backend: str) -> tuple[str, ...]:
@@ -198,6 +201,14 @@ def _fused(
         return "its weights are offloaded"
     _backends(part.requests(), backend)  # raises where the backend cannot run here
     return part
+
+
+def _head(model: PreTrainedModel) -> Place:
+    """Where the language head stands."""
+    head = model.get_output_embeddings()
+    path = next(name for name, module in model.named_modules() if module is head)
+    parent, _, name = path.rpartition(".")
+    return path, model.get_submodule(parent), name
 
 
 def _patch_of(model: PreTrainedModel) -> Patch | None:
