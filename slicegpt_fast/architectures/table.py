@@ -83,6 +83,7 @@ class Branch:
         writers: linear modules, or parameters of shape [experts, out, in]. The inputs of an attention's are the query
             heads in order, those of a feed-forward network its channels.
         takes_layer_arguments: the first module is called with the layer's arguments (masks, positions, cache).
+        keyword: by which the family gives the first module the normalised stream; None where it does so by position.
         activation: the module between a feed-forward network's readers and writers; None for attention.
     """
 
@@ -91,6 +92,7 @@ class Branch:
     inputs: tuple[Reader, ...]
     writers: tuple[str, ...]
     takes_layer_arguments: bool = False
+    keyword: str | None = None
     activation: str | None = None
 
     @property
@@ -144,9 +146,12 @@ class Architecture:
         return Heads(queries, values, getattr(config, "head_dim", None) or config.hidden_size // queries)
 
 
-def attention(norm: str, module: str, readers: tuple[Reader, ...], writer: str, *after: str) -> Branch:
+def attention(
+    norm: str, module: str, readers: tuple[Reader, ...], writer: str, *after: str, keyword: str | None = "hidden_states"
+) -> Branch:
     """An attention branch; ``readers`` and ``writer`` are paths inside ``module``."""
-    return Branch(norm, (module, *after), _inside(module, readers), (f"{module}.{writer}",), takes_layer_arguments=True)
+    inside, outside = _inside(module, readers), (f"{module}.{writer}",)
+    return Branch(norm, (module, *after), inside, outside, takes_layer_arguments=True, keyword=keyword)
 
 
 def mlp(
@@ -218,7 +223,7 @@ PHI = Architecture(
 )
 GPT2 = Architecture(
     sequential(
-        attention("ln_1", "attn", fused_qkv("c_attn"), "c_proj"),
+        attention("ln_1", "attn", fused_qkv("c_attn"), "c_proj", keyword=None),
         mlp("ln_2", "mlp", ungated("c_fc"), ("c_proj",), "act"),
     ),
     embeddings=("transformer.wte", "transformer.wpe"),
@@ -266,6 +271,7 @@ def gpt_neox(config: PreTrainedConfig) -> Architecture:
                 fused_qkv("query_key_value", grouped=True),
                 "dense",
                 "post_attention_dropout",
+                keyword=None,
             ),
             mlp(
                 "post_attention_layernorm",
@@ -300,7 +306,7 @@ def falcon(config: PreTrainedConfig) -> Architecture:
         norms = ("input_layernorm", "post_attention_layernorm")
     return Architecture(
         (parallel if in_parallel else sequential)(
-            attention(norms[0], "self_attention", fused_qkv("query_key_value", grouped=True), "dense"),
+            attention(norms[0], "self_attention", fused_qkv("query_key_value", grouped=True), "dense", keyword=None),
             mlp(norms[1], "mlp", ungated("dense_h_to_4h"), ("dense_4h_to_h",), "act"),
         ),
         embeddings=("transformer.word_embeddings",),

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.dispatch import BACKENDS, OPS, asked_for
+from slicegpt_fast.patching.guards import NotFusable, Place, forward_slot
 from slicegpt_fast.patching.head import FusedHead
-from slicegpt_fast.patching.layers import DTYPES, FusedLayer, FusedSublayer, NotFusable, Requests, forward_slot
-from slicegpt_fast.patching.report import PatchReport, Row
+from slicegpt_fast.patching.layers import FusedLayer, FusedSublayer, Requests
+from slicegpt_fast.patching.packing import DTYPES
+from slicegpt_fast.patching.report import PartReport, PatchReport
 
 __all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
 
@@ -96,6 +98,7 @@ def patch_model(
         raise InputError(f"model has dtype {model.dtype}; the ops take {dtypes}: convert it with model.to().")
 
     names = [f"{site.path}.{sublayer.name}" for site, sublayer in decoder.sublayers()]
+    family = model.config.model_type
     for pattern in options[1] + options[2]:
         if not any(fnmatchcase(name, pattern) for name in (*names, decoder.head_path)):
             raise InputError(
@@ -106,12 +109,13 @@ def patch_model(
     layers: dict[int, FusedLayer] = {}
     for name, (site, sublayer) in zip(names, decoder.sublayers(), strict=True):
         _check_devices(site.path, site.part)
-        part = patch.parts[name] = _fused(name, options, partial(FusedSublayer, site.part, sublayer))
+        fuse = partial(FusedSublayer, site.part, decoder.architecture, sublayer, family)
+        part = patch.parts[name] = _fused(name, options, fuse)
         if isinstance(part, FusedSublayer):
             if site.index not in layers:
                 layers[site.index] = FusedLayer(site.part, decoder.architecture)
             layers[site.index].sublayers[sublayer.name] = part
-    patch.parts[decoder.head_path] = _fused(decoder.head_path, options, partial(FusedHead, decoder.head))
+    patch.parts[decoder.head_path] = _fused(decoder.head_path, options, partial(FusedHead, _head(decoder)))
     patch.layers = list(layers.values())
 
     if not patch.layers:
@@ -121,9 +125,9 @@ def patch_model(
         warnings.warn(message, stacklevel=2)
     model._slicegpt_fast_patch = patch  # type: ignore[assignment]
     try:
+        patch.apply()
         for fused in patch.layers:
             fused.attach()
-        patch.apply()
     except BaseException:
         unpatch_model(model)
         raise
@@ -164,18 +168,19 @@ def op_requests(model: PreTrainedModel) -> Requests:
     decoder = Decoder(model)
     for site, sublayer in decoder.sublayers():
         with suppress(NotFusable):
-            found += FusedSublayer(site.part, sublayer, "auto").requests()
+            part = FusedSublayer(site.part, decoder.architecture, sublayer, model.config.model_type, "auto")
+            found += part.requests()
     with suppress(NotFusable):
-        found += FusedHead(decoder.head, "auto").requests()
+        found += FusedHead(_head(decoder), "auto").requests()
     return found
 
 
-def _row(name: str, part: FusedSublayer | FusedHead | str, backend: str) -> Row:
+def _row(name: str, part: FusedSublayer | FusedHead | str, backend: str) -> PartReport:
     reason = part if isinstance(part, str) else "training mode" if part.module.training else part.changed()
     if isinstance(part, str) or reason is not None:
-        return Row(name, "", "", "", reason)
+        return PartReport(name, "", "", "", reason)
     decode, prefill = _backends(part.requests(), backend)
-    return Row(name, " + ".join(request.op for request, _ in part.requests()), decode, prefill, None)
+    return PartReport(name, " + ".join(request.op for request, _ in part.requests()), decode, prefill, None)
 
 
 def _backends(requests: Requests, backend: str) -> tuple[str, ...]:
@@ -199,6 +204,12 @@ def _fused(
         return "its weights are offloaded"
     _backends(part.requests(), backend)  # raises where the backend cannot run here
     return part
+
+
+def _head(decoder: Decoder) -> Place:
+    """Where the language head stands."""
+    parent, _, name = decoder.head_path.rpartition(".")
+    return decoder.head_path, decoder.model.get_submodule(parent), name
 
 
 def _patch_of(model: PreTrainedModel) -> Patch | None:

@@ -6,22 +6,34 @@ from torch import Tensor, nn
 
 from slicegpt_fast.kernels.regimes import DECODE_ROWS
 from slicegpt_fast.ops.norm_linear import norm_linear
-from slicegpt_fast.patching.layers import Forward, NotFusable, Requests, infers, is_plain, normalised, requests
+from slicegpt_fast.patching.guards import Forward, Guard, NotFusable, Place, described, infers, is_known, is_plain
+from slicegpt_fast.patching.layers import Requests, normalised, requests
+from slicegpt_fast.patching.packing import DTYPES
 
 
 class FusedHead:
     """The forward of the head: up to DECODE_ROWS rows on the kernels of ``norm_linear``, more on torch's matmul."""
 
-    def __init__(self, linear: nn.Module, backend: str) -> None:
-        """
+    def __init__(self, place: Place, backend: str) -> None:
+        """``place``: where the head stands.
+
         Raises:
             NotFusable: the head is no plain linear layer.
         """
-        if type(linear) is not nn.Linear or not is_plain(linear):
-            raise NotFusable("it is no plain linear layer")
-        self.module: nn.Linear = linear
+        _, parent, name = place
+        linear = parent._modules[name]
+        if type(linear) is not nn.Linear or not is_known(nn.Linear, "torch.nn"):
+            raise NotFusable(f"it is a {described(type(linear))}, not a plain linear layer")
+        if not is_plain(linear):
+            raise NotFusable("it has a forward of its own")
+        self.module = linear
         self.backend = backend
+        self.refused: str | None = None  # why it is not to run
+        self.guard = Guard((place,), {})
         self.forwards: dict[nn.Module, Forward] = {linear: self.forward}
+        reason = self._unlike_a_weight()
+        if reason is not None:
+            raise NotFusable(reason)
 
     def requests(self) -> Requests:
         """What the op is asked for in decode; prefill is torch's."""
@@ -34,14 +46,24 @@ class FusedHead:
         return self.module.weight.device.type == "meta"
 
     def changed(self) -> str | None:
-        """Nothing can happen to the head that its fused form does not honour."""
+        """What has happened to the head that its fused form would not honour, or None; hooks run around it."""
+        return self.refused or self.guard.replaced() or self._unlike_a_weight()
+
+    def refresh(self) -> str | None:
+        """None: its weight is read where it lies."""
         return None
+
+    def _unlike_a_weight(self) -> str | None:
+        weight = self.module._parameters.get("weight")
+        if type(weight) is nn.Parameter and weight.dtype in DTYPES:
+            return None
+        return "its weight is quantised or no parameter of it"
 
     def forward(self, x: Tensor) -> Tensor:
         linear, shape = self.module, x.shape[:-1]
         rows = shape.numel()
-        if rows > DECODE_ROWS or not infers(linear, [linear.weight], x):
-            return nn.Linear.forward(linear, x)
+        if not 0 < rows <= DECODE_ROWS or not infers(linear, x) or self.changed() is not None:
+            return type(linear).forward(linear, x)
         x = x.reshape(rows, -1)  # the final norm has been done
         y = norm_linear(x, linear.weight, linear.bias, *normalised(x), backend=self.backend)
         return y.view(*shape, -1)

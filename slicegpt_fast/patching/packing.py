@@ -7,8 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from slicegpt_fast.architectures import Weight
+from slicegpt_fast.kernels.regimes import Activation
+from slicegpt_fast.ops.dispatch import HALF
+from slicegpt_fast.ops.norm_linear import norm_linear
+
+DTYPES = (torch.float32, *HALF)
 
 Slot = tuple[dict[str, Any], str]  # a module's parameters, and the name of one
 
@@ -17,73 +23,149 @@ class PackedWeight:
     """Weights stored as the rows of one matrix [n, d], one below the other, and their biases as one vector [n].
 
     The parameters become views of the matrix: their names, shapes and values stay, no memory is added, and whoever
-    writes into them writes into the matrix. Whoever replaces a parameter or moves the model leaves the matrix behind;
-    it is then packed again at the next use.
+    writes into them writes into the matrix. Whoever replaces a parameter or moves the model leaves the matrix behind:
+    ``refresh`` then packs it again.
     """
 
     def __init__(self, weights: list[Weight]) -> None:
         """``weights``: what is packed, in order."""
         self.weights = weights
-        slots: list[Slot] = [(w.owner._parameters, name) for w in weights for name in (w.name, "bias")]
-        self._slots = [(parameters, name) for parameters, name in slots if parameters.get(name) is not None]
-        self._matrix: Tensor | None = None
-        self._bias: Tensor | None = None
-        self._packed: list[int] = []
-
-    @property
-    def matrix(self) -> Tensor:
-        """[n, d], up to date; inside a compiled graph as it was when the graph was traced."""
-        self.refresh()
-        return cast(Tensor, self._matrix)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[n], zero where a weight has none; None where none has one. Read ``matrix`` first."""
-        return self._bias
+        self.matrix = torch.empty(0)  # [n, d], as of the last refresh
+        self.bias: Tensor | None = None  # [n], zero where a weight has none; None where none has one
+        self._slots: list[Slot] = [(w.owner._parameters, name) for w in weights for name in (w.name, "bias")]
+        self._shapes = [weight.matrix.shape for weight in weights]
+        self._packed: list[Any] = []
 
     def rows(self) -> list[slice]:
         """Which rows each weight takes."""
-        ends = accumulate(weight.matrix.shape[0] for weight in self.weights)
+        ends = accumulate(shape[0] for shape in self._shapes)
         return [slice(start, end) for start, end in pairwise([0, *ends])]
 
-    @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
-    def refresh(self) -> None:
-        """Packs what no longer lies in the matrix."""
-        if self._packed != self._addresses():
+    def parts(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The weights [out, in] as they are now, and their biases."""
+        return [weight.matrix for weight in self.weights], [weight.bias for weight in self.weights]
+
+    def refresh(self) -> str | None:
+        """Pack what no longer lies in the matrix; return why that cannot be, or None.
+
+        A compiled graph cannot see where a parameter's memory lies; it reads the parameters themselves.
+        """
+        if torch.compiler.is_compiling():
+            return self.refusal()
+        if self._packed == self._state():
+            return None
+        reason = self.refusal()
+        if reason is None:
             self.pack()
+        return reason
+
+    def refusal(self) -> str | None:
+        """Why the weights, as they are now, cannot be one matrix of the ops, or None."""
+        found = [parameters.get(name) for parameters, name in self._slots]
+        if any(parameter is None for parameter in found[::2]):
+            return "one of its weights is no parameter of its module"
+        present = [parameter for parameter in found if parameter is not None]
+        for parameter in present:
+            if type(parameter) is not Parameter or parameter.dtype not in DTYPES:
+                return f"its weights are quantised or of dtype {parameter.dtype}"
+        if any(p.dtype != present[0].dtype or p.device != present[0].device for p in present):
+            return "its weights have more than one dtype or device"
+        if [weight.matrix.shape for weight in self.weights] != self._shapes:
+            return "one of its weights has another shape"
+        if any(b is not None and b.shape != s[:1] for b, s in zip(found[1::2], self._shapes, strict=True)):
+            return "one of its biases has another shape"
+        if torch.compiler.is_compiling() or present[0].device.type != "cpu":
+            return None
+        shared = any(parameter.is_shared() for parameter in present)
+        return "its weights are in shared memory" if shared and stacked(self.parts()[0]) is None else None
+
+    def absent(self) -> bool:
+        """True where a weight is not here, but on the device "meta"."""
+        return any(p is not None and p.device.type == "meta" for p in (slots.get(name) for slots, name in self._slots))
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def pack(self) -> None:
-        """Fills the matrix and lets the parameters be views of it."""
-        parts = [weight.matrix for weight in self.weights]
-        biases = [weight.bias for weight in self.weights]
-        bias = None
-        if any(each is not None for each in biases):
-            filled = [
-                b if b is not None else part.new_zeros(part.shape[0]) for b, part in zip(biases, parts, strict=True)
-            ]
-            bias = _joined(filled)
-        matrix = _joined(parts)
+        """Fill the matrix and let the parameters be views of it."""
+        parts, biases = self.parts()
+        matrix, bias = joined(parts, biases)
         for weight, rows in zip(self.weights, self.rows(), strict=True):
             weight.view_of(matrix[rows], None if bias is None else bias[rows])
-        self._matrix, self._bias, self._packed = matrix, bias, self._addresses()
+        self.matrix, self.bias, self._packed = matrix, bias, self._state()
 
     def unpack(self) -> None:
-        """Gives every parameter memory of its own again, laid out as it was before."""
+        """Give every parameter memory of its own again, laid out as it was before."""
         with torch.inference_mode(False):
             for parameters, name in self._slots:
-                parameters[name].data = parameters[name].data.clone(memory_format=torch.contiguous_format)
+                parameter = parameters.get(name)
+                if type(parameter) is Parameter and not (parameter.is_shared() and parameter.device.type == "cpu"):
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, whose parameters stand by themselves until they are packed."""
-        return self.__dict__ | {"_matrix": None, "_bias": None, "_packed": []}
+        return self.__dict__ | {"matrix": torch.empty(0), "bias": None, "_packed": []}
 
-    def _addresses(self) -> list[int]:
-        """Where the parameters stand."""
-        return [parameters[name].data_ptr() for parameters, name in self._slots]
+    def _state(self) -> list[Any]:
+        """Where the parameters lie, and how."""
+        return [
+            (p.data_ptr(), p.shape, p.stride()) if type(p := parameters.get(name)) is Parameter else type(p)
+            for parameters, name in self._slots
+        ]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts one below the other; a single one is not copied."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0].detach().contiguous()
+def joined(parts: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Weights [out, in] as one matrix and biases [out] as one vector or None: views where they lie as its rows."""
+    matrix = stacked(parts)
+    if all(bias is None for bias in biases):
+        return torch.cat(parts) if matrix is None else matrix, None
+    filled = [part.new_zeros(part.shape[0]) if b is None else b for b, part in zip(biases, parts, strict=True)]
+    bias = stacked(filled)
+    return torch.cat(parts) if matrix is None else matrix, torch.cat(filled) if bias is None else bias
+
+
+def stacked(parts: list[Tensor]) -> Tensor | None:
+    """The tensor of which ``parts`` are the rows, one below the other in one memory; None where there is none."""
+    first = parts[0]
+    end, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for part in parts:
+        alike = part.dtype == first.dtype and part.shape[1:] == first.shape[1:] and part.is_contiguous()
+        if not alike or part.storage_offset() != end or part.untyped_storage().data_ptr() != storage:
+            return None
+        end += part.numel()
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return first.detach().as_strided(shape, (*first.shape[1:], 1))  # row-major
+
+
+def _norm_linear_of_parts(
+    h: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    eps: float,
+    full_width: int,
+    sumsq: Tensor | None,
+    activation: str | None,
+    unscaled: int,
+    backend: str,
+) -> Tensor:
+    """``norm_linear`` for compiled graphs: the weights one by one, joined without a copy where they lie as packed."""
+    weight, bias = joined(weights, biases)
+    bias = bias[:-unscaled] if bias is not None and unscaled else bias
+    return norm_linear(
+        h, weight, bias, eps, full_width, sumsq, cast(Activation | None, activation), unscaled, backend=backend
+    )
+
+
+def _norm_linear_of_parts_fake(h: Tensor, weights: list[Tensor], *others: Any) -> Tensor:
+    *_, activation, unscaled, _ = others
+    rows = sum(weight.shape[0] for weight in weights) - unscaled
+    return h.new_empty(h.shape[0], (rows // 2 if activation == "silu_gate" else rows) + unscaled)
+
+
+LIBRARY = torch.library.Library("slicegpt_fast", "FRAGMENT")
+LIBRARY.define(
+    "norm_linear_of_parts(Tensor h, Tensor[] weights, Tensor?[] biases, float eps, int full_width, Tensor? sumsq,"
+    " str? activation, int unscaled, str backend) -> Tensor"
+)
+LIBRARY.impl("norm_linear_of_parts", _norm_linear_of_parts, "CompositeExplicitAutograd")
+torch.library.register_fake("slicegpt_fast::norm_linear_of_parts", _norm_linear_of_parts_fake, lib=LIBRARY)
+norm_linear_of_parts = torch.ops.slicegpt_fast.norm_linear_of_parts.default

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 @dataclass(frozen=True)
-class Row:
+class PartReport:
     """One part of the model."""
 
     layer: str
@@ -24,7 +24,7 @@ class Row:
 class PatchReport:
     """One row per sublayer and one for the language head; prints as a table."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PartReport, ...]
 
     @property
     def fused(self) -> int:

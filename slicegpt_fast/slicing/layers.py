@@ -64,7 +64,9 @@ def norm_eps(norm: nn.Module) -> float:
 def run_branch(layer: nn.Module, branch: Branch, normalised: Tensor, **layer_arguments: Any) -> tuple[Tensor, Any]:
     """``module(x)`` of one branch, and the attention weights where it attends: x [B, T, d] -> [B, T, d']."""
     first, *others = branch.modules
-    output = at(layer, first)(normalised, **layer_arguments if branch.takes_layer_arguments else {})
+    given = () if branch.keyword else (normalised,)
+    named = {branch.keyword: normalised} if branch.keyword else {}
+    output = at(layer, first)(*given, **named, **layer_arguments if branch.takes_layer_arguments else {})
     output, attention_weights = output[:2] if isinstance(output, tuple) else (output, None)
     for path in others:
         output = at(layer, path)(output)
