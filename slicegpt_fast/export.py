@@ -119,8 +119,8 @@ def _plain_config(model: PreTrainedModel, width: int) -> PreTrainedConfig:
         except (StrictDataclassError, ValueError) as error:
             reason = str(error.__cause__ or error).rstrip(".")
     raise InputError(
-        f"{config_class.__name__} accepts neither {width} nor {size} as hidden_size ({reason}): slice to another width, "
-        "or keep the sliced format."
+        f"{config_class.__name__} accepts neither {width} nor {size} as hidden_size ({reason}): slice to another "
+        "width, or keep the sliced format."
     )
 
 
