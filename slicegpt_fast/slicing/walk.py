@@ -24,7 +24,7 @@ class Stream:
 
     Attributes:
         states: one [B, T, D] tensor per batch.
-        counted: per batch, a [B * T] bool tensor that is false at padding, or None where there is none.
+        counted: per batch, a [B * T] bool tensor that is false at padding, or None where there is no padding.
         layer_arguments: per batch, the keyword arguments that each decoder layer is called with.
         tokens: how many positions count.
         device: that of the states.
@@ -41,9 +41,10 @@ class Stream:
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield each batch's states, without their mean where norms subtract it, and which of their rows count."""
         for index, mask in enumerate(self.counted):
+            states = self.states[index]
             if self.centered:
-                self.states[index] = without_mean(self.states[index])
-            yield self.states[index], mask
+                states = self.states[index] = without_mean(states)
+            yield states, mask
 
     def advance(self, site: Site, deleted: Tensor | None = None) -> None:
         """Bring the stream to the next site, first rid of the orthonormal directions ``deleted`` [D, n]."""
