@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from timing import DEVICE, Times, random
+from timing import DEVICE, Found, Times, random
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig, PreTrainedConfig, PreTrainedModel
 
@@ -133,25 +133,25 @@ def bench_slicing(record, growth, tmp_path):
     torch.manual_seed(0)
     model = random_model(llama(width, 3 * width, layers, width // 64, width // 64, 8192), SLICED)
     calibration = list(torch.randint(8192, (tokens // 512, 1, 512)))
-    times: Times = {"auto": [], "reference": []}
-    stages, peak = dict.fromkeys(STAGES, 0.0), 0
-    for _ in range(SLICES):
-        for backend in times:
-            forget_peak()
-            before = memory(most=False)
-            with use_backend(backend):
-                seconds = slice_once(model, calibration, tmp_path / "sliced")
-            times[backend].append([sum(seconds.values())])
-            if backend == "auto":
-                stages, peak = seconds, max(peak, memory(most=True) - before)
-    record(
-        times,
-        peak_bytes=peak,
-        stages=stages,
-        shown={"width": width, "layers": layers, "tokens": tokens}
-        | {stage: f"{stages[stage] / sum(stages.values()):.0%}" for stage in STAGES}
-        | {"peak MB": round(peak / 1e6)},
-    )
+
+    def measuring() -> Found:
+        times: Times = {"auto": [], "reference": []}
+        stages, peak = dict.fromkeys(STAGES, 0.0), 0
+        for _ in range(SLICES):
+            for backend in times:
+                forget_peak()
+                before = memory(most=False)
+                with use_backend(backend):
+                    seconds = slice_once(model, calibration, tmp_path / "sliced")
+                times[backend].append([sum(seconds.values())])
+                if backend == "auto":
+                    stages, peak = seconds, max(peak, memory(most=True) - before)
+        shown = {"width": width, "layers": layers, "tokens": tokens}
+        shown |= {stage: f"{stages[stage] / sum(stages.values()):.0%}" for stage in STAGES}
+        shown |= {"peak MB": round(peak / 1e6)}
+        return times, {"peak_bytes": peak, "stages": stages, "shown": shown}
+
+    record(measuring)
 
 
 @cache
@@ -180,13 +180,19 @@ def speeds(geometry: str, dtype: str, harness: str) -> Speeds:
 def bench_end_to_end(record, geometry, dtype, phase, harness):
     if geometry == "OPT-6.7B" and harness == "static":
         pytest.skip("transformers' OPT cannot be compiled whole with a static cache")
-    measured = speeds(geometry, dtype, harness)
-    rows = {row.model: row for row in measured.rows}
-    tokens = PROMPT if phase == "prefill" else NEW_TOKENS
-    record(
-        {name: [[turn] for turn in getattr(rows[name], f"{phase}_seconds")] for name in ("patched", "sliced", "dense")},
-        tokens=tokens,
-        floor=tokens / getattr(rows["patched"], phase) * getattr(rows["patched"], f"{phase}_share"),
-        read_bandwidth=measured.read_bandwidth,
-        matmul_rate=measured.matmul_rate,
-    )
+
+    def measuring() -> Found:
+        found = speeds(geometry, dtype, harness)
+        rows = {row.model: row for row in found.rows}
+        models = ("patched", "sliced", "dense")
+        times: Times = {name: [[turn] for turn in getattr(rows[name], f"{phase}_seconds")] for name in models}
+        tokens = PROMPT if phase == "prefill" else NEW_TOKENS
+        patched = rows["patched"]
+        return times, {
+            "tokens": tokens,
+            "floor": tokens / getattr(patched, phase) * getattr(patched, f"{phase}_share"),
+            "read_bandwidth": found.read_bandwidth,
+            "matmul_rate": found.matmul_rate,
+        }
+
+    record(measuring)

@@ -1,41 +1,22 @@
 """Makes rows of pytest-benchmark out of contenders that were timed in turn, and describes the machine.
 
-A row is the first contender's times; the others', bytes, FLOPs and the floor stand in its ``extra_info``.
+What was found stands in a row's ``extra_info``: all contenders' times, ratios, bytes, FLOPs, the floor. The row's own
+``stats`` are of pytest-benchmark's clock: how long the measuring (on a CPU its last visit) took.
 """
 
 import os
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # each thread stays on its core; read when torch is first imported
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
-from timing import DEVICE, KERNELS, VISITS, Calls, Times, fastest, ratio, seconds
+from timing import DEVICE, KERNELS, VISITS, Calls, Found, Times, fastest, ratio, seconds
 
 from slicegpt_fast.benchmark import machine, machine_rates
-
-
-class Replay:
-    """A clock for pytest-benchmark: between two readings passes what was measured."""
-
-    def __init__(self) -> None:
-        self.readings: Iterator[float] = iter(())
-
-    def load(self, rounds: Iterable[float]) -> None:
-        self.readings = chain.from_iterable((0.0, duration) for duration in rounds)
-
-    def __call__(self) -> float:
-        return next(self.readings)
-
-    def __repr__(self) -> str:
-        return "replay"
-
-
-replay = Replay()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,8 +37,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All rows before any is visited again; whole models last."""
-    for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=replay))
     items.sort(key=lambda item: item.callspec.params.get("visit", VISITS))
 
 
@@ -69,17 +48,16 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 
 @pytest.fixture
 def record(request):
-    """record(times, ...): the times of all contenders, ours first, become a row with their ratios."""
+    """record(measuring): what measuring() finds becomes a row, with the contenders' ratios."""
 
-    def run(times: Times, **extra: Any) -> None:
-        (_, ours), *others = times.items()
-        replay.load(chain(*ours))
+    def run(measuring: Callable[[], Found]) -> None:
         benchmark = request.getfixturevalue("benchmark")
         benchmark.group = request.node.originalname.removeprefix("bench_")
         benchmark.params = {name: value for name, value in benchmark.params.items() if name != "visit"}
         benchmark.name = f"{request.node.originalname}[{'-'.join(map(str, benchmark.params.values()))}]"
         benchmark.fullname = f"{request.node.path.name}::{benchmark.name}"
-        benchmark.pedantic(lambda: None, rounds=sum(map(len, ours)))
+        times, extra = benchmark.pedantic(measuring)
+        (_, ours), *others = times.items()
         # Kernels named by a backend are ours too: what they are compared with is torch.
         pairs = {name: (times["torch"], own) if name in KERNELS else (own, ours) for name, own in others}
         ratios = {name: ratio(*pair) for name, pair in pairs.items()}
@@ -107,14 +85,20 @@ def measure(record, request, visit):
         if visit == 0:
             measured = machine_rates(DEVICE, getattr(torch, dtype))
             rates[dtype] = tuple(map(max, measured, rates.get(dtype, measured)))
-        times, refused = seconds(contenders)
         case = {name: value for name, value in request.node.callspec.params.items() if name != "visit"}
         all_times = visited.setdefault(f"{request.node.originalname} {case}", {})
-        for name, blocks in times.items():
-            all_times.setdefault(name, []).extend(blocks)
-        if visit == VISITS - 1:
+
+        def measuring() -> Found:
+            times, refused = seconds(contenders)
+            for name, blocks in times.items():
+                all_times.setdefault(name, []).extend(blocks)
             bandwidth, rate = rates[dtype]
             floor = {"read_bandwidth": bandwidth, "matmul_rate": rate, "floor": max(bytes / bandwidth, flops / rate)}
-            record(all_times, bytes=bytes, flops=flops, refused=refused, **floor)
+            return all_times, {"bytes": bytes, "flops": flops, "refused": refused, **floor}
+
+        if visit < VISITS - 1:
+            measuring()
+        else:
+            record(measuring)
 
     return run

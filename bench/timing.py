@@ -38,6 +38,7 @@ KERNELS = {"cpu": (), "cuda": ("triton", "cuda")}[DEVICE.type]  # backends to be
 
 Calls = Sequence[Callable[[], Any]]  # the same call on different operands
 Times = dict[str, list[list[float]]]  # seconds of one call of each contender, by block and turn
+Found = tuple[Times, dict[str, Any]]  # a row: the times of all contenders, ours first, and what else belongs to it
 
 
 def random(*shape: int, dtype: str) -> torch.Tensor:
