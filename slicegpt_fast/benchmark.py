@@ -58,7 +58,7 @@ class Speeds:
     stored_parameters: dict[str, int]  # by model, like the two below
     read_bytes: dict[str, int]  # weights that a pass reads
     flops_per_token: dict[str, int]
-    settings: dict[str, Any]
+    settings: dict[str, int | str]
     machine: dict[str, str]
 
 
@@ -123,57 +123,20 @@ def benchmark(
     Raises:
         InputError: an unknown harness, one that cannot run a model, or more tokens than a model has positions.
     """
-    for name in harnesses:
-        if name not in HARNESSES:
-            raise InputError(f"harness is {name!r}; it must be one of {', '.join(HARNESSES)}.")
     length = prompt.shape[1] + new_tokens
-    for model in models.values():
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions and length > positions:
-            raise InputError(
-                f"a prompt of {prompt.shape[1]} and {new_tokens} new tokens are more than the model's {positions} "
-                "positions: lower one of them."
-            )
+    _check(models, harnesses, prompt.shape[1], new_tokens)
     first = next(iter(models.values()))
     prompt = prompt.to(first.device)
     contenders = {
         (name, harness): HARNESSES[harness](model, length) for harness in harnesses for name, model in models.items()
     }
-    passes: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in contenders}
-    rates: list[tuple[float, float]] = []
-    with torch._dynamo.config.patch(recompile_limit=COMPILED_VARIANTS):  # type: ignore[attr-defined]
-        for turn in tqdm(range(rounds + 1), desc="speed", unit="round", disable=not progress):
-            measured = machine_rates(first.device, first.dtype)
-            rates += [measured] if turn else []
-            for (name, harness), contender in contenders.items():
-                try:
-                    seconds = _time_once(contender, prompt, new_tokens)
-                except Exception as error:
-                    raise InputError(
-                        f"the {harness} harness cannot run the {name} model ({reason(error)}): leave that harness out."
-                    ) from error
-                passes[name, harness] += [seconds] if turn else []
-
+    seconds, rates = _take_turns(contenders, prompt, first.dtype, new_tokens, rounds, progress=progress)
     bandwidth, rate = (statistics.median(each) for each in zip(*rates, strict=True))
-    rows = []
-    for (name, harness), times in passes.items():
-        prefill, decode = ([seconds[part] for seconds in times] for part in (0, 1))
-        model, batch = models[name], prompt.shape[0]
-        per_prefill, per_step = statistics.median(prefill), statistics.median(decode) / new_tokens
-        rows.append(
-            Speed(
-                model=name,
-                harness=harness,
-                prefill=prompt.numel() / per_prefill,
-                decode=batch / per_step,
-                prefill_share=floor_seconds(model, prompt.numel(), batch, bandwidth, rate) / per_prefill,
-                decode_share=floor_seconds(model, batch, batch, bandwidth, rate) / per_step,
-                prefill_seconds=prefill,
-                decode_seconds=decode,
-            )
-        )
     return Speeds(
-        rows=rows,
+        rows=[
+            _speed(name, harness, models[name], seconds[name, harness], prompt, new_tokens, bandwidth, rate)
+            for name, harness in contenders
+        ],
         read_bandwidth=bandwidth,
         matmul_rate=rate,
         stored_parameters={name: stored_parameters(model) for name, model in models.items()},
@@ -187,6 +150,73 @@ def benchmark(
             "dtype": str(first.dtype).removeprefix("torch."),
         },
         machine=machine(first.device),
+    )
+
+
+def _check(models: Mapping[str, PreTrainedModel], harnesses: Sequence[str], prompt: int, new_tokens: int) -> None:
+    """Raise InputError for an unknown harness, or more tokens than a model has positions."""
+    for name in harnesses:
+        if name not in HARNESSES:
+            raise InputError(f"harness is {name!r}; it must be one of {', '.join(HARNESSES)}.")
+    for model in models.values():
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions and prompt + new_tokens > positions:
+            raise InputError(
+                f"a prompt of {prompt} and {new_tokens} new tokens are more than the model's {positions} positions: "
+                "lower one of them."
+            )
+
+
+def _take_turns(
+    contenders: Mapping[tuple[str, str], Harness],
+    prompt: Tensor,
+    dtype: torch.dtype,
+    new_tokens: int,
+    rounds: int,
+    *,
+    progress: bool,
+) -> tuple[dict[tuple[str, str], list[tuple[float, float]]], list[tuple[float, float]]]:
+    """Return the seconds of each contender's prefill and decode steps, and the machine's rates, of every round."""
+    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in contenders}
+    rates: list[tuple[float, float]] = []
+    with torch._dynamo.config.patch(recompile_limit=COMPILED_VARIANTS):  # type: ignore[attr-defined]
+        for turn in tqdm(range(rounds + 1), desc="speed", unit="round", disable=not progress):
+            measured = machine_rates(prompt.device, dtype)
+            rates += [measured] if turn else []
+            for (name, harness), contender in contenders.items():
+                try:
+                    taken = _time_once(contender, prompt, new_tokens)
+                except Exception as error:
+                    raise InputError(
+                        f"the {harness} harness cannot run the {name} model ({reason(error)}): leave that harness out."
+                    ) from error
+                seconds[name, harness] += [taken] if turn else []
+    return seconds, rates
+
+
+def _speed(
+    name: str,
+    harness: str,
+    model: PreTrainedModel,
+    seconds: Sequence[tuple[float, float]],
+    prompt: Tensor,
+    new_tokens: int,
+    bandwidth: float,
+    rate: float,
+) -> Speed:
+    """Return the medians of one contender's rounds, against the floor at these rates."""
+    prefill, decode = ([taken[part] for taken in seconds] for part in (0, 1))
+    batch = prompt.shape[0]
+    per_prefill, per_step = statistics.median(prefill), statistics.median(decode) / new_tokens
+    return Speed(
+        model=name,
+        harness=harness,
+        prefill=prompt.numel() / per_prefill,
+        decode=batch / per_step,
+        prefill_share=floor_seconds(model, prompt.numel(), batch, bandwidth, rate) / per_prefill,
+        decode_share=floor_seconds(model, batch, batch, bandwidth, rate) / per_step,
+        prefill_seconds=prefill,
+        decode_seconds=decode,
     )
 
 

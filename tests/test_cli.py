@@ -193,6 +193,7 @@ class TestSlice:
                 )
                 for option in (
                     ["--signal", "normalized"],
+                    ["--signal", "raw"],  # the default, but asked for
                     ["--shortcut", "aligned"],
                     ["--shortcut-rank", "3"],
                     ["--schedule", "variance"],

@@ -22,7 +22,7 @@ def test_every_plan_is_measured_as_it_would_be_sliced(family):
     assert {trial.name for trial in trials} == set(plans(model, 0.85))
     assert [trial.perplexity for trial in trials] == sorted(trial.perplexity for trial in trials)
     for trial in (trials[0], trials[-1]):
-        sliced = slice_model(model, CALIBRATION, progress=False, **vars(trial.options))
+        sliced = slice_model(model, CALIBRATION, progress=False, **trial.options.arguments())
         assert block_parameters(sliced) / block_parameters(model) == trial.stored <= 0.85
         assert perplexity(sliced, HELD_OUT) == pytest.approx(trial.perplexity, rel=1e-4)
 

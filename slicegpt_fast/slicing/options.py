@@ -91,7 +91,7 @@ class SliceOptions:
 
     def arguments(self) -> "SliceArguments":
         """Return the options as keyword arguments of a function."""
-        return cast(SliceArguments, vars(self))
+        return cast(SliceArguments, dict(vars(self)))
 
 
 class SliceArguments(TypedDict, total=False):

@@ -93,9 +93,7 @@ def slice_checkpoint(
     with _work_folder(work, _settings(asked, shards, batches), needs.disk):
         storage = FolderStorage(work, shards, kept_on)
         bases = fit_bases(model, batches, asked, storage=storage, progress=progress)
-        _write(shards, bases, work / "model", progress=progress)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work / "model")
+        _write(shards, bases, tokenizer, work / "model", progress=progress)
         (work / "model").replace(folder)
     return replace(bases, matrices=(), readers=())
 
@@ -136,7 +134,9 @@ def _empty_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
     return empty_model(checkpoint, config, dtype=dtype)
 
 
-def _write(shards: Shards, bases: Bases, folder: Path, *, progress: bool) -> None:
+def _write(
+    shards: Shards, bases: Bases, tokenizer: PreTrainedTokenizerBase | None, folder: Path, *, progress: bool
+) -> None:
     """Rotate part after part, each into a file of its own; what is there already was written by an earlier process."""
     folder.mkdir(exist_ok=True)
     dense = Decoder(shards.model)
@@ -164,6 +164,8 @@ def _write(shards: Shards, bases: Bases, folder: Path, *, progress: bool) -> Non
     sliced.config.save_pretrained(folder)
     if sliced.can_generate():
         sliced.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 @contextmanager
