@@ -142,7 +142,7 @@ Refit = Annotated[
     bool, typer.Option("--refit", help="Re-fit the readers to the dense model's inputs by least squares.")
 ]
 RoundToText = Annotated[
-    str, typer.Option(metavar="N", help="Make kept sizes multiples of this; auto: of the device's tile.")
+    str | None, typer.Option(metavar="N", help="Make kept sizes multiples of this; auto: of the device's tile.")
 ]
 SliceHead = Annotated[bool, typer.Option("--slice-head", help="Slice the head too; shared always does.")]
 Stream = Annotated[
@@ -233,7 +233,7 @@ def slice_(
     shortcut_rank: ShortcutRank = None,
     schedule: ScheduleName = "uniform",
     refit: Refit = False,
-    round_to: RoundToText = "8",
+    round_to: RoundToText = None,
     slice_head: SliceHead = False,
     stream: Stream = None,
     text: Text = None,
@@ -267,7 +267,7 @@ def slice_(
         shortcut_rank=shortcut_rank,
         schedule=schedule,
         refit=refit,
-        round_to=cast("RoundTo", int(round_to) if round_to.isdecimal() else round_to),
+        round_to=cast("RoundTo", int(round_to) if round_to and round_to.isdecimal() else round_to),
         slice_head=slice_head,
     )
     documents = _documents(text, dataset, "calibration", split)

@@ -34,10 +34,10 @@ class Trial:
     perplexity: float
 
 
-def plans(model: PreTrainedModel, target_params: float, round_to: RoundTo = 8) -> dict[str, SliceOptions]:
+def plans(model: PreTrainedModel, target_params: float, round_to: RoundTo | None = None) -> dict[str, SliceOptions]:
     """Return the plans worth trying on ``model`` within a budget, by name."""
     keeps_width = architecture_of(model.config).keeps_width
-    dense = SliceOptions(target_params=target_params, round_to=round_to, slice_head=keeps_width)
+    dense = SliceOptions(target_params=target_params, basis="per-norm", round_to=round_to, slice_head=keeps_width)
     aligned = replace(dense, shortcut="aligned")
     shared = replace(dense, basis="shared", signal="normalized")
     return {
@@ -56,7 +56,7 @@ def try_plans(
     held_out: Sequence[Tensor],
     target_params: float,
     *,
-    round_to: RoundTo = 8,
+    round_to: RoundTo | None = None,
     progress: bool = True,
 ) -> list[Trial]:
     """Slice the dense ``model`` by every plan that meets a budget and measure it; the best first.

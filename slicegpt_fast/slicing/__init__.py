@@ -7,6 +7,7 @@ from typing import Unpack
 from transformers import PreTrainedModel
 
 from slicegpt_fast.slicing.bases import Bases, align, find_bases, refit_readers
+from slicegpt_fast.slicing.cuts.budget import CutResult, cut_to_budget
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
 from slicegpt_fast.slicing.options import SliceArguments, SliceOptions
 from slicegpt_fast.slicing.plan import SlicePlan, block_parameters, fit_widths, make_plan
@@ -16,6 +17,7 @@ from slicegpt_fast.slicing.walk import Batch
 
 __all__ = [
     "Bases",
+    "CutResult",
     "SliceArguments",
     "SliceConfig",
     "SliceOptions",
@@ -23,6 +25,7 @@ __all__ = [
     "align",
     "apply_bases",
     "block_parameters",
+    "cut_to_budget",
     "find_bases",
     "first_plan",
     "fit_bases",
@@ -39,7 +42,10 @@ def slice_model(
     progress: bool = True,
     **options: Unpack[SliceArguments],
 ) -> PreTrainedModel:
-    """Return a smaller copy of a causal language model, sliced to its principal components (arXiv 2401.15024).
+    """Return a smaller copy of a causal language model.
+
+    ``target_params`` alone deletes rows and columns wherever it costs least. ``sparsity``, ``widths`` or a ``basis``
+    slice the residual stream to its principal components, as published (arXiv 2401.15024).
 
     The result is a model of the same class: it generates, trains and saves as before, and
     ``AutoModelForCausalLM.from_pretrained`` loads it once ``slicegpt_fast`` is imported. The given model is unchanged.
@@ -49,14 +55,17 @@ def slice_model(
         calibration: token batches: [B, T] integer tensors, or mappings with ``input_ids`` and ``attention_mask``.
         progress: show progress bars.
         options: the fields of :class:`slicegpt_fast.SliceOptions`, by name: one of ``sparsity``, ``target_params`` and
-            ``widths``; and ``basis``, ``signal``, ``shortcut``, ``shortcut_rank``, ``schedule``, ``refit``,
+            ``widths``; with the second ``cut``, ``budget``, ``uniform``; and ``basis``,
+            ``signal``, ``shortcut``, ``shortcut_rank``, ``schedule``, ``refit``,
             ``round_to``, ``slice_head``.
 
     Raises:
         InputError: with one sentence on what to change.
     """
-    bases = fit_bases(model, calibration, SliceOptions(**options), progress=progress)
-    return apply_bases(model, bases, progress=progress)
+    chosen = SliceOptions(**options)
+    if chosen.axes:
+        return cut_to_budget(model, calibration, chosen, progress=progress).model
+    return apply_bases(model, fit_bases(model, calibration, chosen, progress=progress), progress=progress)
 
 
 def fit_bases(

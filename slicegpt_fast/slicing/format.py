@@ -114,7 +114,8 @@ def check_weights(model: PreTrainedModel, files: list[str]) -> None:
                     stored[name] = tuple(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
             raise InputError(f"{file} is damaged ({error}): copy or write the checkpoint again.") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = model.all_tied_weights_keys or {}
+    expected = {name: tuple(each.shape) for name, each in model.state_dict().items() if name not in tied}
     for name in stored.keys() & expected.keys():
         if stored[name] != expected[name]:
             raise InputError(

@@ -63,24 +63,31 @@ class FollowProjections:
     cut: CutHeads
 
     def __call__(self, attention: nn.Module, arguments: tuple[Any, ...]) -> None:
-        for path, hook, hooks in ((self.reader, self.pad, "_forward_hooks"), (self.writer, self.cut, "_forward_pre_hooks")):
-            projection = attention.get_submodule(path)
-            if not any(type(each) is type(hook) for each in getattr(projection, hooks).values()):
-                _move(projection, hook, hooks)
+        reader, writer = attention.get_submodule(self.reader), attention.get_submodule(self.writer)
+        if not any(type(hook) is PadValues for hook in reader._forward_hooks.values()):
+            _move(reader, self.pad)
+        if not any(type(hook) is CutHeads for hook in writer._forward_pre_hooks.values()):
+            _move(writer, self.cut)
 
 
 @torch.compiler.assume_constant_result  # torch.compile runs it once, while it traces
-def _move(projection: nn.Module, hook: PadValues | CutHeads, hooks: str) -> None:
+def _move(projection: nn.Module, hook: PadValues | CutHeads) -> None:
+    """Take the hook of this type off what ``projection`` wraps, and hang it on the wrapper."""
     for inner in projection.modules():
-        registered = getattr(inner, hooks)
-        for key in [key for key, value in registered.items() if type(value) is type(hook)]:
-            del registered[key]
-    register = projection.register_forward_hook if isinstance(hook, PadValues) else projection.register_forward_pre_hook
-    register(hook)
+        for registered in (inner._forward_hooks, inner._forward_pre_hooks):
+            for key in [key for key, value in registered.items() if type(value) is type(hook)]:
+                del registered[key]
+    if isinstance(hook, PadValues):
+        projection.register_forward_hook(hook)
+    else:
+        projection.register_forward_pre_hook(hook)
 
 
 def lower_values(attention: nn.Module, reader: str, writer: str, pad: PadValues, cut: CutHeads) -> None:
     """Let ``attention`` run with narrow projections at the paths ``reader`` and ``writer``."""
     follow = FollowProjections(reader, writer, pad, cut)
+    for key in [key for key, hook in attention._forward_pre_hooks.items() if type(hook) is FollowProjections]:
+        del attention._forward_pre_hooks[key]  # of a rank that the attention had before
     attention.register_forward_pre_hook(follow)
-    follow(attention, ())
+    _move(attention.get_submodule(reader), pad)
+    _move(attention.get_submodule(writer), cut)

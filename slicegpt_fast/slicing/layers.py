@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Architecture, Branch, Decoder, Sublayer, Weight, at, weights
+from slicegpt_fast.slicing.cuts.narrow import narrow_layers_
 from slicegpt_fast.slicing.plan import SlicePlan
 
 IN_FEATURES = ("in_features", "nx", "hidden_dim")  # what nn.Linear, Conv1D, routers and experts call their sizes
@@ -138,6 +139,9 @@ def new_with_shortcuts(base: type[nn.Module], architecture: Architecture) -> nn.
 def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
     """Give ``model`` the modules and shapes of ``plan``; every new parameter is on the meta device, to be filled."""
     decoder = Decoder(model)
+    narrow_layers_(decoder, plan.channels, plan.values)
+    if plan.basis is None:
+        return
     for embeddings in decoder.embeddings.values():
         embeddings.embedding_dim = plan.widths[0]
         Weight(embeddings).matrix = torch.empty(embeddings.num_embeddings, plan.widths[0], device="meta")
@@ -185,3 +189,12 @@ def _set(module: nn.Module, attributes: tuple[str, ...], size: int) -> None:
     for attribute in attributes:
         if hasattr(module, attribute):
             setattr(module, attribute, size)
+
+
+def copy_rest_(narrow: nn.Module, dense: nn.Module) -> None:
+    """Copy the parameters that slicing leaves alone: those that are still empty."""
+    for path, module in narrow.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                copied = at(dense, path).get_parameter(name).detach().clone()
+                module.register_parameter(name, nn.Parameter(copied, parameter.requires_grad))

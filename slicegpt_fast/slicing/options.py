@@ -1,8 +1,8 @@
 """What a slice is asked for: its options, once, and the checks of them that need no model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypedDict, TypeGuard, cast
+from dataclasses import dataclass, fields
+from typing import Literal, TypedDict, TypeGuard, cast, get_args
 
 import torch
 
@@ -14,6 +14,19 @@ Signal = Literal["raw", "normalized"]
 Shortcut = Literal["dense", "aligned"]
 Schedule = Literal["uniform", "variance"]
 RoundTo = int | Literal["auto"]
+Axis = Literal["stream", "channels", "values"]
+Budget = Literal["params", "bytes", "flops"]
+
+AXES: tuple[Axis, ...] = get_args(Axis)
+ROUND_TO = 8  # the published step
+# What sizes are multiples of where nothing else is asked for, by axis and device type.
+STEPS: dict[Axis, dict[str, int]] = {
+    "stream": TILE,
+    "channels": {"cpu": 32, "cuda": 128},
+    "values": {"cpu": 8, "cuda": 8},
+}
+# The options that choose a basis plan for the residual stream; a cut makes these choices itself.
+PLAN_OPTIONS = ("basis", "signal", "shortcut", "shortcut_rank", "schedule", "refit", "slice_head")
 
 
 @dataclass(frozen=True)
@@ -24,8 +37,14 @@ class SliceOptions:
         sparsity: share of the hidden size to delete, in [0, 1). Give one of this, ``target_params`` and ``widths``.
         target_params: stored parameters of the decoder blocks after slicing, shortcuts included, as a share of before.
         widths: the kept size of every norm site, the final norm's last.
-        basis: ``"per-norm"`` for a basis at every norm with shortcuts between them, as published; ``"shared"`` for one
-            basis and no shortcuts (the head is then always sliced too); a number for that many groups of norms.
+        cut: what ``target_params`` deletes: some of the axes ``"stream"`` (directions of the residual stream),
+            ``"channels"`` (of each MLP) and ``"values"`` (dimensions of each attention's values), or ``"auto"``, all of
+            them, wherever it costs least. The default with ``target_params``, unless an option below chooses a plan.
+        budget: what ``target_params`` counts of a cut: ``"params"``, their ``"bytes"``, or the ``"flops"`` of a token.
+        uniform: a cut gives all layers one size along each axis.
+        basis: ``"per-norm"`` (the default of a slice without cuts) for a basis at every norm with shortcuts between
+            them, as published; ``"shared"`` for one basis and no shortcuts (the head is then always sliced too); a
+            number for that many groups of norms.
         signal: what the bases are fitted to, each norm's input (``"raw"``) or its output (``"normalized"``).
         shortcut: ``"dense"`` matrices, as published, or ``"aligned"``: the same model with shortcuts that are the
             identity minus a matrix of rank D - d at most, stored as two thin factors.
@@ -34,7 +53,8 @@ class SliceOptions:
             variance, within ``target_params``.
         refit: re-fit the readers to the dense model's normalised inputs by least squares, in a second pass over the
             calibration text. SmolLM2's held-out perplexity gains from it, the more the more text (docs/benchmarks).
-        round_to: kept sizes are multiples of this; ``"auto"`` picks one for the model's device.
+        round_to: kept sizes are multiples of this, 8 by default; ``"auto"`` picks one for the model's device. A cut's
+            default is 32 channels (128 on a GPU) and 8 dimensions of the values.
         slice_head: slice the last block's output and the head too.
 
     Raises:
@@ -44,13 +64,16 @@ class SliceOptions:
     sparsity: float | None = None
     target_params: float | None = None
     widths: Sequence[int] | None = None
-    basis: Basis = "per-norm"
+    cut: Literal["auto"] | Sequence[Axis] | None = None
+    budget: Budget = "params"
+    uniform: bool = False
+    basis: Basis | None = None
     signal: Signal = "raw"
     shortcut: Shortcut = "dense"
     shortcut_rank: int | None = None
     schedule: Schedule = "uniform"
     refit: bool = False
-    round_to: RoundTo = 8
+    round_to: RoundTo | None = None
     slice_head: bool = False
 
     def __post_init__(self) -> None:
@@ -58,10 +81,11 @@ class SliceOptions:
         check_choice("shortcut", self.shortcut, Shortcut)
         check_choice("schedule", self.schedule, Schedule)
         self._check_size()
+        self._check_cut()
         rank = self.shortcut_rank
         if rank is not None and (self.shortcut == "dense" or not is_whole(rank) or rank < 0):
             raise InputError(f"shortcut_rank truncates shortcut='aligned' to a rank of 0 or more, not {rank!r}.")
-        if self.round_to != "auto" and (not is_whole(self.round_to) or self.round_to < 1):
+        if self.round_to not in (None, "auto") and (not is_whole(self.round_to) or self.round_to < 1):
             raise InputError(f"round_to must be 'auto' or a whole number of at least 1, not {self.round_to!r}.")
 
     def _check_size(self) -> None:
@@ -80,6 +104,38 @@ class SliceOptions:
         if not isinstance(self.widths, Sequence | None):
             raise InputError(f"widths must be a list with the size of every norm site, not {self.widths!r}.")
 
+    def _check_cut(self) -> None:
+        """Check the options of a cut."""
+        check_choice("budget", self.budget, Budget)
+        if self.cut is not None:
+            axes = self.axes
+            if not axes or set(axes) - set(AXES) or len(set(axes)) < len(axes):
+                raise InputError(f"cut must be 'auto' or some of {', '.join(map(repr, AXES))}, not {self.cut!r}.")
+            if self.target_params is None:
+                raise InputError("cut spends a budget: give target_params.")
+            if self._plan_option is not None:
+                raise InputError(f"cut chooses {self._plan_option} itself: leave one of the two out.")
+        elif not self.axes and (self.budget != "params" or self.uniform):
+            raise InputError("budget and uniform belong to cut: give target_params, and leave the basis to it.")
+
+    @property
+    def _plan_option(self) -> str | None:
+        """The first option that chooses a basis plan."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return next((name for name in PLAN_OPTIONS if getattr(self, name) != defaults[name]), None)
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """What a cut deletes; empty where a basis plan is asked for."""
+        if self.cut is None:
+            return AXES if self.target_params is not None and self._plan_option is None else ()
+        return AXES if self.cut == "auto" else tuple(self.cut)
+
+    @property
+    def stream_basis(self) -> Basis:
+        """The basis of a slice without cuts."""
+        return "per-norm" if self.basis is None else self.basis
+
     @property
     def slices_head(self) -> bool:
         """Whether the last block's output and the head are sliced: a shared basis is theirs too."""
@@ -87,7 +143,15 @@ class SliceOptions:
 
     def step(self, device: torch.device) -> int:
         """Return what kept sizes are multiples of for a model on ``device``."""
-        return TILE.get(device.type, TILE["cpu"]) if self.round_to == "auto" else self.round_to
+        if self.round_to == "auto":
+            return TILE.get(device.type, TILE["cpu"])
+        return ROUND_TO if self.round_to is None else self.round_to
+
+    def cut_step(self, axis: Axis, device: torch.device) -> int:
+        """Return what the sizes of a cut along ``axis`` are multiples of."""
+        if isinstance(self.round_to, int) and axis != "values":
+            return self.round_to
+        return STEPS[axis].get(device.type, STEPS[axis]["cpu"])
 
     def arguments(self) -> "SliceArguments":
         """Return the options as keyword arguments of a function."""
@@ -100,13 +164,16 @@ class SliceArguments(TypedDict, total=False):
     sparsity: float | None
     target_params: float | None
     widths: Sequence[int] | None
-    basis: Basis
+    cut: Literal["auto"] | Sequence[Axis] | None
+    budget: Budget
+    uniform: bool
+    basis: Basis | None
     signal: Signal
     shortcut: Shortcut
     shortcut_rank: int | None
     schedule: Schedule
     refit: bool
-    round_to: RoundTo
+    round_to: RoundTo | None
     slice_head: bool
 
 

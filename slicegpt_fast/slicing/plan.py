@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Decoder, at, weights
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.slicing.cuts.narrow import channels_of
 from slicegpt_fast.slicing.options import Basis, Shortcut, Signal, SliceOptions, is_whole
 
 
@@ -23,22 +24,27 @@ class SlicePlan:
     """A basis plan for a model of ``full_width`` D and S norm sites.
 
     Attributes:
-        basis: ``"per-norm"`` (one basis per site: arXiv 2401.15024), ``"shared"`` (one for the model), or k groups.
+        basis: ``"per-norm"`` (one basis per site: arXiv 2401.15024), ``"shared"`` (one for the model), or k groups;
+            None leaves the stream as it is, of full width.
         signal: what the covariance is of: the norm's input (``"raw"``) or its weightless output (``"normalized"``).
         full_width: D, the hidden size before slicing and the divisor of every norm after it.
         widths: [S] the kept size d of each site.
         groups: [S] the index of the basis each site uses; consecutive sites share one.
         shortcut: ``"dense"`` matrices, or ``"aligned"`` ones, the identity minus a low rank.
         shortcut_rank: where aligned shortcuts are truncated; None keeps them exact.
+        channels: per decoder layer, how many channels its MLP keeps; empty where none are cut.
+        values: per decoder layer, the rank of its attention's values; empty where none are cut.
     """
 
-    basis: Basis
+    basis: Basis | None
     signal: Signal
     full_width: int
     widths: tuple[int, ...]
     groups: tuple[int, ...]
     shortcut: Shortcut = "dense"
     shortcut_rank: int | None = None
+    channels: tuple[int, ...] = ()
+    values: tuple[int, ...] = ()
 
     def has_shortcut(self, site: int) -> bool:
         """Whether the stream changes its basis between ``site`` and the next one."""
@@ -71,17 +77,19 @@ def make_plan(model: PreTrainedModel, options: SliceOptions) -> SlicePlan:
         InputError: ``model`` cannot be sliced, the options do not fit it, or no size meets them.
     """
     decoder = Decoder(model)
-    _check_sliceable(decoder)
+    check_sliceable(decoder)
     full, sites = decoder.width, len(decoder.sites)
     step = options.step(model.device)
-    groups = _groups(options.basis, sites, options.slices_head)
+    groups = _groups(options.stream_basis, sites, options.slices_head)
 
     def plan(*sizes: int) -> SlicePlan:
         if decoder.architecture.keeps_width and len(set(sizes)) > 1:
             raise InputError(
                 f"the code of {model.config.model_type} models holds the stream to one width: use slice_head=True."
             )
-        return SlicePlan(options.basis, options.signal, full, sizes, groups, options.shortcut, options.shortcut_rank)
+        return SlicePlan(
+            options.stream_basis, options.signal, full, sizes, groups, options.shortcut, options.shortcut_rank
+        )
 
     def uniform(width: int) -> SlicePlan:
         return plan(*[width] * (sites - 1), width if options.slices_head else full)
@@ -211,6 +219,17 @@ def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
             f"not fit a model of {sites} norm sites and hidden size {full}: give every site a size of 1 to {full}, the "
             "same within a group."
         )
+    limits = {"channels": [*channels_of(decoder)], "values": [decoder.heads.size] * len(decoder.layers)}
+    for name, largest in limits.items():
+        sizes = getattr(plan, name)
+        if sizes and not (
+            len(sizes) == len(largest)
+            and all(is_whole(size) and 0 < size <= most for size, most in zip(sizes, largest, strict=True))
+        ):
+            raise InputError(
+                f"the plan's {name} are {list(sizes)}, which does not fit {len(largest)} layers of {largest[0]}: the "
+                "config was changed, or belongs to another model."
+            )
 
 
 def _groups(basis: Basis, sites: int, head_is_sliced: bool) -> tuple[int, ...]:
@@ -223,7 +242,8 @@ def _groups(basis: Basis, sites: int, head_is_sliced: bool) -> tuple[int, ...]:
     return tuple(groups if head_is_sliced else [*groups, number])
 
 
-def _check_sliceable(decoder: Decoder) -> None:
+def check_sliceable(decoder: Decoder) -> None:
+    """Raise InputError unless a model can be sliced: a dense one of plain layers in one place."""
     model = decoder.model
     block = getattr(model.config, "quantization_config", None)
     method = getattr(block, "quant_method", block.get("quant_method") if isinstance(block, dict) else None)

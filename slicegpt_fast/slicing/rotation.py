@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder, Weight, at, weights
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.format import SliceConfig
-from slicegpt_fast.slicing.layers import narrow_, shortcut_name
+from slicegpt_fast.slicing.layers import copy_rest_, narrow_, shortcut_name
 from slicegpt_fast.slicing.plan import check_plan
 
 
@@ -79,13 +79,13 @@ def rotations(dense: Decoder, sliced: Decoder, bases: Bases) -> list[tuple[tuple
                     _rotate_writer_(target, source, writer)
             if bases.plan.has_shortcut(site):
                 _fill_shortcut_(at(narrow, shortcut_name(sublayer)), bases.basis(site), bases.basis(site + 1))
-        _copy_rest_(narrow, layer)
+        copy_rest_(narrow, layer)
 
     @torch.no_grad()
     def rotate_head() -> None:
         reader = bases.reader(dense.sites[-1].number)
         _rotate_reader_(Weight(sliced.head), Weight(dense.head), dense.final_norm, reader)
-        _copy_rest_(sliced.head, dense.head)
+        copy_rest_(sliced.head, dense.head)
 
     layer_calls = [partial(rotate_layer, index) for index in range(len(dense.layers))]
     return list(zip(parts(dense), [rotate_embeddings, *layer_calls, rotate_head], strict=True))
@@ -128,12 +128,3 @@ def _fill_shortcut_(shortcut: Any, basis: Tensor, following: Tensor) -> None:
         rank = shortcut.down.out_features
         Weight(shortcut.down).matrix = vectors[:, -rank:].T
         Weight(shortcut.up).matrix = vectors[:, -rank:] * values[-rank:]
-
-
-def _copy_rest_(narrow: nn.Module, dense: nn.Module) -> None:
-    """Copy the parameters that slicing leaves alone: those that are still empty."""
-    for path, module in narrow.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                copied = at(dense, path).get_parameter(name).detach().clone()
-                module.register_parameter(name, nn.Parameter(copied, parameter.requires_grad))
