@@ -19,10 +19,10 @@ LAYERS = (
     ("patching",),
     (
         *("calibration", "evaluation", "benchmark", "search", "checkpoint", "published", "tables", "plots"),
-        *("export", "recovery", "streaming"),
+        *("inspection", "export", "recovery", "streaming"),
     ),
     ("",),
-    ("cli", "quickstart"),
+    ("cli", "quickstart", "workflow"),
 )
 HEIGHTS = {name: height for height, names in enumerate(LAYERS) for name in names}
 
