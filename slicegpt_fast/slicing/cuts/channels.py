@@ -1,0 +1,89 @@
+"""Channels: which rows of an MLP's writer W [F, D] go, and what the others become.
+
+With S the channels that stay, the writer is re-fitted to what the dense one makes of the calibration text, in the
+metric of the statistics C and J (see ``sensitivity``) and damped towards W:
+
+    W' = argmin tr((W' - W)^T A (W' - W) J) over rows S  =  A_SS^-1 (A W)_S,      A = C + 0.1 meandiag(C) I
+
+Channels are removed by backward elimination in that problem: with H = A^-1 and V = W R, R R^T = J, taking the channels
+B costs tr(V_B^T H_BB^-1 V_B), exactly, and leaves the problem of the others with
+
+    V <- V - H_:B H_BB^-1 V_B,      H <- H - H_:B H_BB^-1 H_B:
+
+Each step takes the channels of the lowest |V_j|^2 / H_jj, what each would cost alone. Readers only lose rows: an
+activation is elementwise. Two matrix products per step, about 2 F^2 (F + D) multiplications in all, in fp64.
+"""
+
+import torch
+from torch import Tensor
+
+from slicegpt_fast.slicing.cuts.curve import Curve
+
+DAMPING = 0.1  # of the mean diagonal of C
+
+
+def damped(inputs: Tensor) -> Tensor:
+    """Return A = C + 0.1 meandiag(C) I, the metric of a writer's inputs; the identity where C is zero."""
+    mean = inputs.diagonal().mean()
+    damping = torch.where(mean > 0, DAMPING * mean, 1.0)
+    return inputs + torch.diag(damping.expand(len(inputs)))
+
+
+def eliminate(writer: Tensor, inputs: Tensor, gradients: Tensor, *, step: int = 32) -> tuple[Tensor, Curve]:
+    """Order the channels of a writer by what they are worth.
+
+    Args:
+        writer: W [F, D], one row per channel.
+        inputs: C [F, F].
+        gradients: J [D, D].
+        step: how many channels are taken at once; the sizes of the curve are its multiples, and F.
+
+    Returns:
+        order: [F] int64, the channels as they are removed, the most valuable last.
+        curve: predicted loss per token against channels kept, from F down to ``step`` (or F, where that is less).
+    """
+    width = len(writer)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(inputs.double())))
+    costly = writer.double() @ root(gradients)
+    removed = torch.zeros(width, dtype=torch.bool, device=writer.device)
+    order: list[Tensor] = []
+    sizes, losses = [width], [0.0]
+    while (kept := sizes[-1]) > step:
+        scores = (costly.square().sum(1) / inverse.diagonal()).masked_fill_(removed, torch.inf)
+        block = scores.topk(kept % step or step, largest=False).indices
+        factor = torch.linalg.cholesky(inverse[block][:, block])
+        left = torch.linalg.solve_triangular(factor, inverse[block], upper=False)
+        right = torch.linalg.solve_triangular(factor, costly[block], upper=False)
+        costly.addmm_(left.T, right, alpha=-1)
+        inverse.addmm_(left.T, left, alpha=-1)
+        removed[block] = True
+        order.append(block)
+        sizes.append(kept - len(block))
+        losses.append(losses[-1] + 0.5 * right.square().sum().item())
+    scores = (costly.square().sum(1) / inverse.diagonal()).masked_fill_(removed, torch.inf)
+    order.append(scores.argsort()[: sizes[-1]])
+    return torch.cat(order), Curve(tuple(sizes), tuple(losses))
+
+
+def survivors(order: Tensor, size: int) -> Tensor:
+    """Return the indices [size] of the channels that stay, ascending."""
+    return order[len(order) - size :].sort().values
+
+
+def repair(writer: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
+    """Return the re-fitted rows A_SS^-1 (A W)_S of a writer, [size, D] fp64.
+
+    Args:
+        writer: W [F, D].
+        inputs: C [F, F].
+        kept: indices [size] of the rows S.
+    """
+    metric = damped(inputs.double())[kept]
+    factor = torch.linalg.cholesky(metric[:, kept])
+    return torch.cholesky_solve(metric @ writer.double(), factor)
+
+
+def root(positive: Tensor) -> Tensor:
+    """Return R with R R^T equal to a symmetric positive semidefinite matrix [..., D, D], in fp64."""
+    values, vectors = torch.linalg.eigh(positive.double())
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)

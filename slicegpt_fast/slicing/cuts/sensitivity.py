@@ -1,0 +1,282 @@
+"""What errors cost: statistics of one forward and backward pass over calibration text, of activations' gradients only.
+
+Let x [F] be the input of a writer (a weight W [F, D] whose output is added to the stream) and g [D] the gradient of the
+summed token loss at its output, which is the gradient at the stream behind its sublayer. To second order, with the
+expected outer product of gradients as the curvature and inputs independent of gradients, a change dW costs per token
+
+    1/2 E (g^T dW^T x)^2  ~  1/2 tr(dW^T C dW J),    J = mean g g^T,    C = 1/2 mean x x^T + s/2 sum |g|^2 x x^T
+
+The second half of C counts a token the more, the more its error matters; s brings it to the mean diagonal of the first.
+At a norm site the same holds with n, the normalised stream before the norm's weight and bias: an error of covariance E
+in what its readers are given costs 1/2 tr(G E), where G is the covariance of the gradient at n.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from slicegpt_fast.architectures import Weight, architecture_of, at, evaluating, weights
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.ops.covariance import covariance_
+from slicegpt_fast.slicing.layers import norm_eps, rstd
+from slicegpt_fast.slicing.storage import IN_MEMORY
+from slicegpt_fast.slicing.walk import Batch, checked
+
+
+@dataclass(frozen=True)
+class WriterStatistics:
+    """Of one writer, or of one expert's: tokens that are not routed to an expert count as an input of zero.
+
+    Attributes:
+        inputs: C [F, F] fp64.
+        mean: [F] fp64, the mean of x in the weighting of C.
+        mass: the sum of that weighting's weights, by which C grows if all inputs are moved.
+        gradients: J [D, D] fp64.
+    """
+
+    inputs: Tensor
+    mean: Tensor
+    mass: float
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Of one norm site, all [D, D] fp64.
+
+    Attributes:
+        inputs: mean n n^T.
+        gradients: G, the mean outer product of the gradient at n.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The statistics of a model.
+
+    Attributes:
+        writers: by the writer's path; one for a linear module, one per expert for stacked experts.
+        sites: by the norm's path, in the stream's order, the final norm last; where several norms read the stream at
+            one site, each of them.
+        tokens: how many positions counted.
+        loss: the dense model's mean loss over the tokens that were predicted.
+    """
+
+    writers: dict[str, tuple[WriterStatistics, ...]]
+    sites: dict[str, SiteStatistics]
+    tokens: int
+    loss: float
+
+
+def measure_sensitivity(model: PreTrainedModel, calibration: Iterable[Batch], *, progress: bool = True) -> Sensitivity:
+    """Take the statistics of a dense model in one pass over calibration batches.
+
+    Args:
+        model: the dense model; unchanged on return.
+        calibration: token batches, each a [B, T] (or [T]) integer tensor or a mapping with ``input_ids`` and, where
+            there is padding, ``attention_mask``. Padded positions count nowhere.
+        progress: show a progress bar over the batches.
+
+    Raises:
+        InputError: no token to predict, token ids beyond the vocabulary, or statistics that are not finite.
+    """
+    IN_MEMORY.check(model)
+    batches = checked(calibration, model.config.vocab_size, model.device)
+    writers, norms = _taps(model)
+    first = next(at(model, architecture_of(model).layers).children())
+    tokens, predicted, loss = 0, 0, 0.0
+    with evaluating(model), _frozen(model), torch.enable_grad():
+        for batch in tqdm(batches, desc="sensitivity", unit="batch", disable=not progress):
+            mask = batch["attention_mask"].bool()
+            counted = None if mask.all() else mask.flatten()
+            with ExitStack() as hooks:
+                hooks.callback(first.register_forward_pre_hook(_start_gradients).remove)
+                for tap in chain(writers, norms):
+                    hooks.callback(tap.module.register_forward_hook(partial(tap.hook, counted)).remove)
+                summed, number = _summed_loss(model, batch, mask)
+                summed.backward()
+            tokens, predicted, loss = tokens + int(mask.sum()), predicted + number, loss + summed.item()
+    if not predicted:
+        raise InputError("calibration has no token to predict: give sequences of at least two tokens.")
+    return Sensitivity(
+        {tap.path: tap.statistics(tokens) for tap in writers},
+        {tap.path: tap.statistics(tokens) for tap in norms},
+        tokens,
+        loss / predicted,
+    )
+
+
+class _Sums:
+    """The sums behind the statistics of a writer of F inputs and D outputs."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        outputs, inputs = matrix.shape
+        factory: dict[str, Any] = {"dtype": torch.float64, "device": matrix.device}
+        self.rows = 0
+        self.inputs, self.input_sum = torch.zeros(inputs, inputs, **factory), torch.zeros(inputs, **factory)
+        self.weighted, self.weighted_sum = torch.zeros_like(self.inputs), torch.zeros_like(self.input_sum)
+        self.weights = torch.zeros((), **factory)
+        self.gradients = torch.zeros(outputs, outputs, **factory)
+
+    def add(self, x: Tensor, g: Tensor, counted: Tensor | None) -> None:
+        """Add the rows that count of inputs [N, F] and gradients [N, D]."""
+        size = g.float().norm(dim=1)
+        covariance_(self.inputs, x, None, counted)
+        covariance_(self.weighted, x, size, counted)
+        covariance_(self.gradients, g, None, counted)
+        x, weight = x.double(), size.double().square()
+        if counted is not None:
+            x, weight = x[counted], weight[counted]
+        self.rows += len(x)
+        self.input_sum += x.sum(0)
+        self.weighted_sum += weight @ x
+        self.weights += weight.sum()
+
+    def statistics(self, path: str, tokens: int) -> WriterStatistics:
+        """Return the statistics, J a mean over all ``tokens``; the sums are used up."""
+        rows, trace = max(self.rows, 1), self.weighted.trace().item()
+        even = 0.5 / rows
+        uneven = even * self.inputs.trace().item() / trace if trace > 0 else even
+        inputs = self.inputs.mul_(even).add_(self.weighted, alpha=uneven)
+        gradients = self.gradients.div_(tokens)
+        if not (inputs.diagonal().isfinite().all() and gradients.diagonal().isfinite().all()):
+            raise _not_finite(path)
+        mean = even * self.input_sum + uneven * self.weighted_sum
+        mass = even * self.rows + uneven * self.weights.item()
+        return WriterStatistics(inputs, mean, mass, gradients)
+
+
+class _LinearTap:
+    """A writer that is a module of its own."""
+
+    def __init__(self, path: str, writer: Weight) -> None:
+        self.path, self.module, self.sums = path, writer.owner, _Sums(writer.matrix)
+
+    def hook(self, counted: Tensor | None, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x = args[0].detach().flatten(0, -2)
+        output.register_hook(lambda g: self.sums.add(x, g.flatten(0, -2), counted))
+
+    def statistics(self, tokens: int) -> tuple[WriterStatistics, ...]:
+        return (self.sums.statistics(self.path, tokens),)
+
+
+class _ExpertsTap:
+    """The writers of stacked experts. What a token's weight in the mixture scales is the input of the writer.
+
+    The experts' code keeps their inputs to itself, so that they are computed again.
+    """
+
+    def __init__(self, path: str, writer: Weight) -> None:
+        self.path, self.module, self.sums = path, writer.owner, [_Sums(matrix) for matrix in writer.matrix]
+
+    def hook(self, counted: Tensor | None, module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        tokens, chosen, mixture = (argument.detach() for argument in args)
+
+        def add(g: Tensor) -> None:
+            g = g.flatten(0, -2)
+            for expert, sums in enumerate(self.sums):
+                routed = chosen == expert if counted is None else (chosen == expert) & counted[:, None]
+                row, slot = torch.where(routed)
+                if len(row):
+                    gate, up = F.linear(tokens[row], module.gate_up_proj[expert]).chunk(2, dim=-1)
+                    sums.add(module.act_fn(gate) * up * mixture[row, slot, None], g[row], None)
+
+        output.register_hook(add)
+
+    def statistics(self, tokens: int) -> tuple[WriterStatistics, ...]:
+        return tuple(sums.statistics(self.path, tokens) for sums in self.sums)
+
+
+class _NormTap:
+    """A norm: its output without weight and bias, and the gradient there."""
+
+    def __init__(self, path: str, norm: Any, centered: bool) -> None:
+        self.path, self.module, self.centered = path, norm, centered
+        width = norm.weight.shape[0]
+        self.inputs = torch.zeros(width, width, dtype=torch.float64, device=norm.weight.device)
+        self.gradients = torch.zeros_like(self.inputs)
+
+    def hook(self, counted: Tensor | None, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        state = args[0].detach().flatten(0, -2)
+        if self.centered:
+            state = state - state.mean(-1, keepdim=True)
+        scale = rstd(state, state.shape[1], norm_eps(module)).squeeze(1)
+        covariance_(self.inputs, state, scale, counted)
+
+        def add(g: Tensor) -> None:
+            covariance_(self.gradients, g.flatten(0, -2), None, counted)
+
+        output.register_hook(add)
+
+    def statistics(self, tokens: int) -> SiteStatistics:
+        weight = self.module.weight.detach().double()
+        gradients = self.gradients.div_(tokens).mul_(weight).mul_(weight[:, None])
+        if not (self.inputs.diagonal().isfinite().all() and gradients.diagonal().isfinite().all()):
+            raise _not_finite(self.path)
+        return SiteStatistics(self.inputs.div_(tokens), gradients)
+
+
+def _taps(model: PreTrainedModel) -> tuple[list[_LinearTap | _ExpertsTap], list[_NormTap]]:
+    """The writers and the norms of a model, in the stream's order."""
+    architecture = architecture_of(model)
+    writers: list[_LinearTap | _ExpertsTap] = []
+    norms: dict[str, _NormTap] = {}
+    for index, layer, sublayer in architecture.sites(model):
+        for branch in sublayer.branches:
+            norm = f"{architecture.layers}.{index}.{branch.norm}"
+            if norm not in norms:
+                norms[norm] = _NormTap(norm, at(layer, branch.norm), architecture.centered)
+            for name in branch.writers:
+                for writer in weights(layer, (name,)):  # none where the layer lacks it
+                    tap = _ExpertsTap if writer.matrix.ndim == 3 else _LinearTap
+                    writers.append(tap(f"{architecture.layers}.{index}.{name}", writer))
+    final = architecture.final_norm
+    return writers, [*norms.values(), _NormTap(final, at(model, final), architecture.centered)]
+
+
+def _summed_loss(model: Any, batch: dict[str, Tensor], mask: Tensor) -> tuple[Tensor, int]:
+    """The summed loss of the tokens of a batch that have a predecessor, and how many they are."""
+    inputs = dict(batch)
+    if not mask.all():
+        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    logits = model(**inputs, use_cache=False).logits
+    scored = mask[:, 1:] & mask[:, :-1]
+    targets = F.pad(batch["input_ids"][:, 1:].masked_fill(~scored, -100), (0, 1), value=-100)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    return loss, int(scored.sum())
+
+
+def _start_gradients(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Let gradients begin at the stream that enters the first decoder layer: the parameters have none."""
+    return (args[0].detach().requires_grad_(), *args[1:])
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter has a gradient inside; after, each is trained or not as before."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _not_finite(path: str) -> InputError:
+    return InputError(
+        f"activations or gradients at {path} are not finite: check the weights, or load the model in a wider dtype."
+    )
