@@ -1,10 +1,10 @@
 """One budget of stored parameters for all cuts: minimise sum f_i(n_i) subject to sum c_i n_i <= budget.
 
-At a price p per stored parameter each cut i takes the size that minimises f_i(n) + p c_i n, a vertex of the lower convex
-hull of its curve, and no other sizes that store as little or less have a lower loss. As the price falls, the edges of
-all hulls are taken in the order of their slopes, the loss that a stored parameter saves; the first edge that does not
-fit sets the price. What is then left of the budget is less than that edge, and goes to whatever step saves most per
-parameter among those that fit.
+At a price p per stored parameter each cut i takes the size that minimises f_i(n) + p c_i n, a vertex of the lower
+convex hull of its curve, and no other sizes that store as little or less have a lower loss. As the price falls, the
+edges of all hulls are taken in the order of their slopes, the loss that a stored parameter saves; the first edge that
+does not fit sets the price. What is then left of the budget is less than that edge, and goes to whatever step saves
+most per parameter among those that fit.
 
 A narrower stream makes everything cheaper, since whatever touches it stores d numbers in place of D: the problem is
 solved for each of a few widths d, whose own predicted loss is added.

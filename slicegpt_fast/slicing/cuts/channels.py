@@ -48,7 +48,7 @@ def eliminate(writer: Tensor, inputs: Tensor, gradients: Tensor, *, step: int = 
     removed = torch.zeros(width, dtype=torch.bool, device=writer.device)
     order: list[Tensor] = []
     sizes, losses = [width], [0.0]
-    while len(order) < width and (kept := sizes[-1]) > step:
+    while (kept := sizes[-1]) > step:
         scores = (costly.square().sum(1) / inverse.diagonal()).masked_fill_(removed, torch.inf)
         block = scores.topk(kept % step or step, largest=False).indices
         factor = torch.linalg.cholesky(inverse[block][:, block])

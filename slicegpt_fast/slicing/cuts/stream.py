@@ -2,8 +2,8 @@
 
 A site's readers get, in place of the normalised stream n, its damped least-squares estimate from Q^T n. In coordinates
 of the whole basis (Q and what it leaves out, D columns), with A = mean n n^T + 0.01 meandiag I there and H = A^-1, the
-estimate's error covariance is zero but for the deleted coordinates B, where it is the Schur complement (H_BB)^-1. With G the
-covariance of the gradient at n, in the same coordinates,
+estimate's error covariance is zero but for the deleted coordinates B, where it is the Schur complement (H_BB)^-1. With
+G the covariance of the gradient at n, in the same coordinates,
 
     1/2 sum over sites of tr(G E)  =  1/2 sum over sites of tr(G_BB (H_BB)^-1)
 

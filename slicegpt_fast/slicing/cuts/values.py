@@ -1,9 +1,10 @@
 """Values: fewer dimensions of each head's value vectors, which V's rows and the output projection's columns share.
 
 Attention mixes value vectors over positions, not over their dimensions, so any orthonormal B [head dim, r] may stand
-between V and the output projection: V's rows become B^T W_v and the output projection is re-fitted to B^T x. With x_h
-[head dim] what query head h hands to its rows W_h of the output projection W, J as in ``sensitivity``, and C_g the mean
-of the diagonal blocks of C that belong to the query heads of key and value head g, the best B of rank r and its cost are
+between V and the output projection: V's rows become B^T W_v and the output projection is re-fitted to B^T x. With W_h
+[head dim, D] the rows of the output projection W that query head h feeds, C and J as in ``sensitivity``, and C_g the
+mean of the diagonal blocks of C that belong to the query heads of key and value head g, the best B of rank r and its
+cost are
 
     K_g = sum_h W_h J W_h^T = R R^T,    R^T C_g R = U diag(e) U^T,    B_g = orth(R U_:r),    1/2 sum_g sum_{i > r} e_i
 
