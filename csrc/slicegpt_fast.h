@@ -80,10 +80,9 @@ int sgf_covariance(sgf_matrix acc, sgf_matrix x, sgf_matrix row_scale, sgf_matri
                    int threads);
 
 // norm_linear and residual_linear on the CPU, as slicegpt_fast/ops/ describes them. Rows of h, a, a2, residual and
-// product are contiguous, weights have a stride of 1 in one direction, y is contiguous, sumsq fp32. May be absent:
-// bias; sumsq of norm_linear, which then computes it; residual; a2 with weight2 [K2, n]; product, or else weight's use:
-// product is h weight^T [M, n], where somebody else has computed that; a with weight, where residual holds their
-// product.
+// product are contiguous, weights have a stride of 1 in one direction, y is contiguous, sumsq is fp32. May be absent:
+// bias; sumsq of norm_linear, which then computes it; product, which is h weight^T [M, n] where somebody else has
+// computed that; residual; a2 with weight2 [K2, n]; a with weight, where residual already holds their product.
 int sgf_norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix product,
                     sgf_matrix y, int64_t unscaled, double eps, double full_width, int activation, int dtype,
                     int threads);
@@ -97,10 +96,10 @@ int sgf_cuda_probe(sgf_matrix out, int threads, uintptr_t stream);
 
 const char* sgf_cuda_status_text(int status);
 
-// What a launch needs from its caller: into how many `splits` the blocks that share a tile cut it, `workspace` fp32
-// cells on a 16-byte boundary, and `counters` int32 cells that hold zero, which is what they hold again when the kernel
-// has ended. A plan serves whichever architecture's code the GPU runs; the decode kernels' code for 9.0 leaves most of
-// it untouched.
+// What a launch needs from its caller: `splits`, the number of blocks that share a tile, `workspace` fp32 cells on a
+// 16-byte boundary, and `counters` int32 cells that hold zero, which is what they hold again when the kernel has ended.
+// A plan serves whichever architecture's code the GPU runs; the decode kernels' code for 9.0 leaves most of it
+// untouched.
 typedef struct {
   int splits;
   int64_t workspace, counters;
