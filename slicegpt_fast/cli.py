@@ -72,7 +72,16 @@ Text = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="PATH",
-        help="Text file, or folder of .txt and .md files; may be repeated.",
+        help="Text file, rows (.jsonl, .json, .csv, .parquet), or folder of .txt and .md files; may be repeated.",
+        show_default=False,
+        rich_help_panel=TEXT,
+    ),
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIELD",
+        help="What holds the text in .jsonl, .json, .csv, .parquet files. Default: text, or the only one of strings.",
         show_default=False,
         rich_help_panel=TEXT,
     ),
@@ -204,6 +213,7 @@ def slice_(
         ),
     ] = None,
     text: Text = None,
+    text_field: TextField = None,
     dataset: DatasetName = None,
     split: Split = None,
     sequences: Annotated[
@@ -263,7 +273,7 @@ def slice_(
             if name != "basis" and value != defaults[name].default:
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"--basis auto chooses {option} itself: leave it out, or choose a basis.")
-    documents = _documents(text, dataset, "calibration", split)
+    documents = _documents(text, dataset, "calibration", split, text_field)
     progress = errors.is_terminal
     step: Any = int(round_to) if round_to.isdecimal() else round_to
     size: dict[str, Any] = {"sparsity": sparsity, "target_params": target_params, "round_to": step}
@@ -279,7 +289,7 @@ def slice_(
         if basis == "auto":
             raise InputError("--basis auto compares whole models in memory: choose a basis, or give --no-stream.")
         config, tokenizer = from_pretrained(AutoConfig, model, {}), load_tokenizer(model)
-        calibration = _windows(config, tokenizer, documents, length, sequences, seed)[:sequences]
+        calibration = _windows(config, tokenizer, documents, length, sequences, sequences, seed)
         bases = slice_checkpoint(
             model,
             out,
@@ -296,7 +306,7 @@ def slice_(
         return
 
     dense, tokenizer = _load(model, dtype, device)
-    windows = _windows(dense.config, tokenizer, documents, length, sequences, seed)
+    windows = _windows(dense.config, tokenizer, documents, length, sequences, sequences + HELD_OUT, seed)
     calibration, held_out = windows[:sequences], windows[sequences : sequences + HELD_OUT]
     trials: list[Trial] = []
     if basis == "auto":
@@ -343,6 +353,7 @@ def slice_(
 def evaluate(
     model: Model,
     text: Text = None,
+    text_field: TextField = None,
     dataset: DatasetName = None,
     split: Split = None,
     sequences: Annotated[
@@ -356,9 +367,9 @@ def evaluate(
     from slicegpt_fast.calibration import batched
     from slicegpt_fast.evaluation import perplexity
 
-    documents = _documents(text, dataset, "evaluation", split)
+    documents = _documents(text, dataset, "evaluation", split, text_field)
     loaded, tokenizer = _load(model, dtype, device)
-    windows = _windows(loaded.config, tokenizer, documents, length, sequences or 1)[:sequences]
+    windows = _windows(loaded.config, tokenizer, documents, length, sequences or 1, sequences)
     value = perplexity(loaded, batched(windows), progress=errors.is_terminal)
     console.print(f"perplexity {value:.4f} ({len(windows)} sequences of {length} tokens, {loaded.dtype})")
 
@@ -590,17 +601,23 @@ def _load(source: str, dtype: str | None, device: str | None) -> tuple[Any, "Pre
 
 
 def _documents(
-    text: list[Path] | None, dataset: str | None, purpose: Literal["calibration", "evaluation"], split: str | None
+    text: list[Path] | None,
+    dataset: str | None,
+    purpose: Literal["calibration", "evaluation"],
+    split: str | None,
+    text_field: str | None,
 ) -> list[str]:
     from slicegpt_fast.calibration import dataset_documents, text_documents
 
     if bool(text) == bool(dataset):
         raise InputError("give either --text or --dataset.")
     if dataset:
+        if text_field:
+            raise InputError("--text-field belongs to --text: leave it out with --dataset.")
         return dataset_documents(dataset, purpose, split)
     if split:
         raise InputError("--split belongs to --dataset: leave it out with --text.")
-    return text_documents(text or [])
+    return text_documents(text or [], text_field)
 
 
 def _windows(
@@ -609,6 +626,7 @@ def _windows(
     documents: list[str],
     length: int,
     count: int,
+    limit: int | None,
     seed: int | None = None,
 ) -> "Tensor":
     from slicegpt_fast.calibration import join_documents, token_windows
@@ -616,7 +634,7 @@ def _windows(
     positions = getattr(config, "max_position_embeddings", None)
     if positions and length > positions:
         raise InputError(f"--length {length} is more than the model's {positions} positions: lower it.")
-    return token_windows(tokenizer, join_documents(documents, seed), length, count=count)
+    return token_windows(tokenizer, join_documents(documents, seed), length, count=count, limit=limit)
 
 
 def _installation() -> dict[str, str]:
