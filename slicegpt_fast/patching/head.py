@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from slicegpt_fast.kernels.regimes import DECODE_ROWS
 from slicegpt_fast.ops.norm_linear import norm_linear
-from slicegpt_fast.patching.layers import Forward, NotFusable, Requests, infers, is_plain, normalised, requests
+from slicegpt_fast.patching.layers import DTYPES, Forward, NotFusable, Requests, infers, is_plain, normalised, requests
 
 
 class FusedHead:
@@ -19,6 +19,8 @@ class FusedHead:
         """
         if type(linear) is not nn.Linear or not is_plain(linear):
             raise NotFusable("it is no plain linear layer")
+        if type(linear.weight.data) is not Tensor or linear.weight.dtype not in DTYPES:
+            raise NotFusable(f"its weight is quantised or of dtype {linear.weight.dtype}")
         self.module: nn.Linear = linear
         self.backend = backend
         self.forwards: dict[nn.Module, Forward] = {linear: self.forward}
@@ -40,7 +42,7 @@ class FusedHead:
     def forward(self, x: Tensor) -> Tensor:
         linear, shape = self.module, x.shape[:-1]
         rows = shape.numel()
-        if rows > DECODE_ROWS or not infers(linear, [linear.weight], x):
+        if not 0 < rows <= DECODE_ROWS or not infers(linear, [linear.weight], x):
             return nn.Linear.forward(linear, x)
         x = x.reshape(rows, -1)  # the final norm has been done
         y = norm_linear(x, linear.weight, linear.bias, *normalised(x), backend=self.backend)

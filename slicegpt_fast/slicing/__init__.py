@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from slicegpt_fast.errors import InputError, check_choice
 from slicegpt_fast.slicing.bases import Bases, align, find_bases, refit_readers
+from slicegpt_fast.slicing.batches import Batch, batch_list
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
 from slicegpt_fast.slicing.plan import (
     Basis,
@@ -20,7 +21,6 @@ from slicegpt_fast.slicing.plan import (
 )
 from slicegpt_fast.slicing.rotation import apply_bases
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
-from slicegpt_fast.slicing.walk import Batch
 
 __all__ = [
     "Bases",
@@ -62,7 +62,8 @@ def slice_model(
 
     Args:
         model: a dense transformers causal language model in fp32, bf16 or fp16.
-        calibration: token batches: [B, T] integer tensors, or mappings with ``input_ids`` and ``attention_mask``.
+        calibration: token batches, as :func:`slicegpt_fast.token_batches` makes them: [B, T] integers, or mappings with
+            ``input_ids`` and ``attention_mask``.
         sparsity: share of the hidden size to delete, in [0, 1). Give one of this, ``target_params`` and ``widths``.
         target_params: stored parameters of the decoder blocks after slicing, shortcuts included, as a share of before.
         widths: the kept size of every norm site, the final norm's last.
@@ -113,7 +114,7 @@ def fit_bases(
     **plan_arguments: Any,
 ) -> Bases:
     """All of :func:`slice_model` but the slicing itself: its arguments, and the bases that it applies."""
-    calibration = list(calibration)
+    calibration = batch_list(calibration)
     plan = first_plan(model, schedule, plan_arguments)
     if schedule == "variance":
         spectra = find_bases(model, calibration, plan, storage=storage.of("spectra"), progress=progress).spectra

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import architecture_of, at, evaluating
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
+from slicegpt_fast.slicing.batches import Batch
 from slicegpt_fast.slicing.layers import norm_eps, normalise, rstd, run_branches
 from slicegpt_fast.slicing.plan import SlicePlan
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
-from slicegpt_fast.slicing.walk import Batch, enter, visit
+from slicegpt_fast.slicing.walk import enter, visit
 
 REFIT_DAMPING = 0.01  # of the mean diagonal of X^T X
 

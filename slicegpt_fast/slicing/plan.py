@@ -6,16 +6,17 @@ product of the two bases.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeGuard
+from numbers import Real
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Architecture, architecture_of, at, weights
-from slicegpt_fast.errors import InputError, check_choice
+from slicegpt_fast.errors import InputError, check_choice, is_whole
 from slicegpt_fast.kernels.regimes import TILE
 
 Basis = Literal["per-norm", "shared"] | int
@@ -96,14 +97,14 @@ def make_plan(
     step = _round_to(round_to, model)
     check_choice("signal", signal, Signal)
     check_choice("shortcut", shortcut, Shortcut)
-    if shortcut_rank is not None and (shortcut == "dense" or not _is_whole(shortcut_rank) or shortcut_rank < 0):
+    if shortcut_rank is not None and (shortcut == "dense" or not is_whole(shortcut_rank) or shortcut_rank < 0):
         raise InputError(f"shortcut_rank truncates shortcut='aligned' to a rank of 0 or more, not {shortcut_rank!r}.")
     if sum(value is not None for value in (sparsity, target_params, widths)) != 1:
         raise InputError("give exactly one of sparsity, target_params and widths.")
     for name, share in {"sparsity": sparsity, "target_params": target_params}.items():
-        if not isinstance(share, int | float | None):
+        if not isinstance(share, Real | None):
             raise InputError(f"{name} must be a number, not {share!r}.")
-    if not isinstance(widths, Sequence | None):
+    if not isinstance(widths, Iterable | None):
         raise InputError(f"widths must be a list with the size of every norm site, not {widths!r}.")
     head_is_sliced = slice_head or basis == "shared"
     groups = _groups(basis, sites, head_is_sliced)
@@ -113,13 +114,13 @@ def make_plan(
             raise InputError(
                 f"the code of {model.config.model_type} models holds the stream to one width: use slice_head=True."
             )
-        return SlicePlan(basis, signal, full, sizes, groups, shortcut, shortcut_rank)
+        return SlicePlan(_plain(basis), signal, full, sizes, groups, shortcut, _plain(shortcut_rank))
 
     def uniform(width: int) -> SlicePlan:
         return plan(*[width] * (sites - 1), width if head_is_sliced else full)
 
     if widths is not None:
-        made = plan(*widths)
+        made = plan(*map(_plain, widths))
         check_plan(made, model)
         return made
     if sparsity is not None:
@@ -242,7 +243,7 @@ def check_plan(plan: SlicePlan, model: PreTrainedModel) -> None:
     fits = (
         plan.full_width == full
         and len(plan.widths) == len(plan.groups) == sites
-        and all(_is_whole(width) and 0 < width <= full for width in plan.widths)
+        and all(is_whole(width) and 0 < width <= full for width in plan.widths)
         and all(isinstance(group, int) for group in plan.groups)
         and len(set(zip(plan.groups, plan.widths, strict=True))) == len(set(plan.groups))
     )
@@ -257,23 +258,25 @@ def check_plan(plan: SlicePlan, model: PreTrainedModel) -> None:
 def _groups(basis: Basis, sites: int, head_is_sliced: bool) -> tuple[int, ...]:
     """The basis of each site: k consecutive groups of equal length; a head that is not sliced has its own."""
     sliced = sites if head_is_sliced else sites - 1
-    number = {"per-norm": sliced, "shared": 1}.get(basis, basis)  # type: ignore[arg-type]
-    if not isinstance(number, int) or isinstance(basis, bool) or not 1 <= number <= sliced:
+    number = {"per-norm": sliced, "shared": 1}.get(basis) if isinstance(basis, str) else basis
+    if not is_whole(number) or not 1 <= number <= sliced:
         raise InputError(f"basis must be 'per-norm', 'shared' or a number of groups from 1 to {sliced}, not {basis!r}.")
+    number = int(number)
     groups = [site * number // sliced for site in range(sliced)]
     return tuple(groups if head_is_sliced else [*groups, number])
 
 
-def _is_whole(number: object) -> TypeGuard[int]:
-    return isinstance(number, int) and not isinstance(number, bool)
+def _plain(number: Any) -> Any:
+    """Numpy's integers as Python's, which a config can hold; anything else as it is."""
+    return int(number) if is_whole(number) else number
 
 
 def _round_to(round_to: int | str, model: PreTrainedModel) -> int:
     if round_to == "auto":
         return TILE.get(model.device.type, TILE["cpu"])
-    if not _is_whole(round_to) or round_to < 1:
+    if not is_whole(round_to) or round_to < 1:
         raise InputError(f"round_to must be 'auto' or a whole number of at least 1, not {round_to!r}.")
-    return round_to
+    return int(round_to)
 
 
 def _budget(model: PreTrainedModel, target_params: float) -> float:
@@ -298,15 +301,36 @@ def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None
             f"the model is spread over several devices ({', '.join(sorted(devices))}): load it on one device, or slice "
             "from file to file with slice_checkpoint."
         )
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    ends = (*architecture.embeddings, architecture.final_norm, head)
+    parts = tuple(f"{part}." for part in (*ends, architecture.layers))
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"{name} has dtype {parameter.dtype}: load the model in float32, bfloat16 or float16.")
+        if type(parameter.data) is not Tensor:
+            raise InputError(
+                f"{name} is a {type(parameter.data).__name__}, not a plain tensor: load the model unquantised and on "
+                "one device."
+            )
+        if not name.startswith(parts):
+            raise InputError(
+                f"{name} belongs to no part of a {model.config.model_type} causal language model that slicing knows: "
+                "load the model with AutoModelForCausalLM."
+            )
+    for path in ends:
+        _check_plain(path, at(model, path), "weight", "layer")
     for index, layer, sublayer in architecture.sites(model):
         for branch in sublayer.branches:
+            _check_plain(f"{architecture.layers}.{index}.{branch.norm}", at(layer, branch.norm), "weight", "norm")
             for weight in weights(layer, branch.readers + branch.writers):
-                if weight.name not in weight.owner._parameters:
-                    kind = type(weight.owner)
-                    raise InputError(
-                        f"{architecture.layers}.{index}.{branch.modules[0]} holds a {kind.__module__}.{kind.__name__}, "
-                        "not a plain linear layer: merge adapters before slicing."
-                    )
+                path = f"{architecture.layers}.{index}.{branch.modules[0]}"
+                _check_plain(path, weight.owner, weight.name, "linear layer")
+
+
+def _check_plain(path: str, module: nn.Module, name: str, what: str) -> None:
+    """Raise InputError unless a weight at ``path`` is a parameter of its own, not one that a wrapper computes."""
+    if name not in module._parameters:
+        kind = type(module)
+        raise InputError(
+            f"{path} holds a {kind.__module__}.{kind.__name__}, not a plain {what}: merge adapters before slicing."
+        )

@@ -31,8 +31,8 @@ from slicegpt_fast.checkpoint import check_space, check_writable, checkpoint_fol
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.kernels.regimes import TILE
 from slicegpt_fast.slicing import Bases, first_plan, fit_bases, slice_model
+from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.rotation import outline, rotations
-from slicegpt_fast.slicing.walk import Batch, checked
 from slicegpt_fast.streaming.memory import FREE_SHARE, Activations, activations_device, estimate, free_memory
 from slicegpt_fast.streaming.shards import INDEX, Shards, empty_model
 from slicegpt_fast.streaming.storage import FolderStorage, write_json
@@ -81,7 +81,7 @@ def slice_checkpoint(
     options = _options(arguments, device)
     checkpoint = checkpoint_folder(source)
     model = _empty_model(checkpoint, dtype)
-    batches = checked(calibration, model.config.vocab_size, torch.device("cpu"))
+    batches = list(checked(calibration, model.config, torch.device("cpu")))
     plan_options = {name: value for name, value in options.items() if name not in ("schedule", "refit")}
     plan = first_plan(model, options["schedule"], plan_options)
     shards = Shards(checkpoint, model, device)
