@@ -133,7 +133,6 @@ def test_takes_what_slicing_takes():
         (["some text"], r"^batches: batch 0 must be a tensor of token ids or a mapping with input_ids, not str"),
         (tokens(9), r"^batches: batch 0: input_ids must be integers of shape \[B, T\], not torch\.int64 \[\]"),
         ([tokens(2, 9), tokens(2, 0)], r"^batches: batch 1 is empty \(input_ids have shape \[2, 0\]\): leave it out"),
-        ([tokens(2, 129)], r"^batches: batch 0 has sequences of 129 tokens, but the model has 128 positions: cut them"),
     ],
 )
 def test_bad_batches_are_named(batches, message):

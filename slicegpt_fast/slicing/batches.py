@@ -42,7 +42,7 @@ def checked(
     padding, an ``attention_mask`` of ones and zeros; other entries of it are ignored.
 
     Raises:
-        InputError: a malformed or empty batch, token ids beyond the vocabulary, or more tokens than positions.
+        InputError: a malformed or empty batch, token ids beyond the vocabulary or positions beyond the table.
     """
     check_iterable(batches, argument)
     for index, batch in enumerate(batches):
@@ -72,8 +72,10 @@ def _checked(batch: Batch, name: str, config: PreTrainedConfig, device: torch.de
 
 
 def _tensor(values: Any, name: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
     try:
-        return torch.as_tensor(values)
+        return torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{name} cannot be made a tensor ({reason(error)}): give integers, all rows of one length, padded where "
@@ -88,8 +90,9 @@ def _check_range(ids: Tensor, name: str, config: PreTrainedConfig) -> None:
             f"{name} holds token id {int(wrong[0])}, but the model's vocabulary has {config.vocab_size}: use the "
             "model's own tokenizer."
         )
-    positions = None if getattr(config, "alibi", False) else getattr(config, "max_position_embeddings", None)
-    if positions and ids.shape[1] > positions:
+    positions = getattr(config, "max_position_embeddings", None)
+    computed = hasattr(config, "rope_parameters") or getattr(config, "alibi", False)  # not looked up in a table
+    if positions and not computed and ids.shape[1] > positions:
         raise InputError(
             f"{name} has sequences of {ids.shape[1]} tokens, but the model has {positions} positions: cut them shorter."
         )
