@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from slicegpt_fast import slicing  # noqa: F401  registers the sliced format with transformers
 from slicegpt_fast.errors import InputError, reason
 
+PROCESS_DIGITS = 9  # what a process id has at most
+
 
 def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a causal language model, dense or sliced, in evaluation mode.
@@ -107,8 +109,8 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int
     folder = Path(folder).expanduser().absolute()
     check_writable(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    for left in folder.parent.glob(f".{escape(folder.name)}.partial-*"):  # by processes that were killed
-        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+    for left in folder.parent.glob(f".{escape(folder.name)}.partial-*"):
+        if _is_abandoned(left.name.rpartition("-")[2]):
             shutil.rmtree(left, ignore_errors=True)
     try:
         check_space(folder, size)
@@ -119,6 +121,13 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int
         raise InputError(f"cannot write {folder}: {error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_abandoned(process: str) -> bool:
+    """Whether a partial folder of that process was left by one that was killed: none has its id now, or this one."""
+    if not process.isdecimal() or len(process) > PROCESS_DIGITS:  # somebody else's folder
+        return False
+    return int(process) == os.getpid() or not psutil.pid_exists(int(process))
 
 
 def check_writable(folder: str | Path) -> None:

@@ -7,13 +7,13 @@ from typing import Unpack
 from transformers import PreTrainedModel
 
 from slicegpt_fast.slicing.bases import Bases, align, find_bases, refit_readers
+from slicegpt_fast.slicing.batches import Batch, batch_list
 from slicegpt_fast.slicing.cuts.budget import CutResult, cut_to_budget
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
 from slicegpt_fast.slicing.options import SliceArguments, SliceOptions
 from slicegpt_fast.slicing.plan import SlicePlan, block_parameters, fit_widths, make_plan
 from slicegpt_fast.slicing.rotation import apply_bases
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
-from slicegpt_fast.slicing.walk import Batch
 
 __all__ = [
     "Bases",
@@ -52,7 +52,8 @@ def slice_model(
 
     Args:
         model: a dense transformers causal language model in fp32, bf16 or fp16.
-        calibration: token batches: [B, T] integer tensors, or mappings with ``input_ids`` and ``attention_mask``.
+        calibration: token batches, as :func:`slicegpt_fast.token_batches` makes them: [B, T] integers, or mappings with
+            ``input_ids`` and ``attention_mask``.
         progress: show progress bars.
         options: the fields of :class:`slicegpt_fast.SliceOptions`, by name: one of ``sparsity``, ``target_params`` and
             ``widths``; with the second ``cut``, ``budget``, ``uniform``; and ``basis``,
@@ -77,7 +78,7 @@ def fit_bases(
     progress: bool = True,
 ) -> Bases:
     """Return the bases that :func:`slice_model` applies: all of its work but the slicing itself."""
-    calibration = list(calibration)
+    calibration = batch_list(calibration)
     plan = first_plan(model, options)
     if options.schedule == "variance":
         spectra = find_bases(model, calibration, plan, storage=storage.of("spectra"), progress=progress).spectra

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder, Site, at, evaluating
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
+from slicegpt_fast.slicing.batches import Batch
 from slicegpt_fast.slicing.layers import norm_eps, rstd
 from slicegpt_fast.slicing.plan import SlicePlan
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
-from slicegpt_fast.slicing.walk import Batch, Stream, enter, visit, without_mean
+from slicegpt_fast.slicing.walk import Stream, enter, visit, without_mean
 
 REFIT_DAMPING = 0.01  # of the mean diagonal of X^T X
 

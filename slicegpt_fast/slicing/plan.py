@@ -8,15 +8,16 @@ product of the two bases.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Decoder, at, weights
-from slicegpt_fast.errors import InputError
+from slicegpt_fast.errors import InputError, is_whole
 from slicegpt_fast.slicing.cuts.narrow import channels_of
-from slicegpt_fast.slicing.options import Basis, Shortcut, Signal, SliceOptions, is_whole
+from slicegpt_fast.slicing.options import Basis, Shortcut, Signal, SliceOptions
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,14 @@ def make_plan(model: PreTrainedModel, options: SliceOptions) -> SlicePlan:
             raise InputError(
                 f"the code of {model.config.model_type} models holds the stream to one width: use slice_head=True."
             )
-        return SlicePlan(
-            options.stream_basis, options.signal, full, sizes, groups, options.shortcut, options.shortcut_rank
-        )
+        basis, rank = _plain(options.stream_basis), _plain(options.shortcut_rank)
+        return SlicePlan(basis, options.signal, full, sizes, groups, options.shortcut, rank)
 
     def uniform(width: int) -> SlicePlan:
         return plan(*[width] * (sites - 1), width if options.slices_head else full)
 
     if options.widths is not None:
-        made = plan(*options.widths)
+        made = plan(*map(_plain, options.widths))
         check_plan(made, decoder)
         return made
     if (sparsity := options.sparsity) is not None:
@@ -235,15 +235,21 @@ def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
 def _groups(basis: Basis, sites: int, head_is_sliced: bool) -> tuple[int, ...]:
     """The basis of each site: k consecutive groups of equal length; a head that is not sliced has its own."""
     sliced = sites if head_is_sliced else sites - 1
-    number = {"per-norm": sliced, "shared": 1}.get(basis, basis)  # type: ignore[arg-type]
-    if not isinstance(number, int) or isinstance(basis, bool) or not 1 <= number <= sliced:
+    number = {"per-norm": sliced, "shared": 1}.get(basis) if isinstance(basis, str) else basis
+    if not is_whole(number) or not 1 <= number <= sliced:
         raise InputError(f"basis must be 'per-norm', 'shared' or a number of groups from 1 to {sliced}, not {basis!r}.")
+    number = int(number)
     groups = [site * number // sliced for site in range(sliced)]
     return tuple(groups if head_is_sliced else [*groups, number])
 
 
+def _plain(number: Any) -> Any:
+    """Numpy's integers as Python's, which a config can hold; anything else as it is."""
+    return int(number) if is_whole(number) else number
+
+
 def check_sliceable(decoder: Decoder) -> None:
-    """Raise InputError unless a model can be sliced: a dense one of plain layers in one place."""
+    """Raise InputError unless a model can be sliced: a dense one of plain layers, on one device."""
     model = decoder.model
     block = getattr(model.config, "quantization_config", None)
     method = getattr(block, "quant_method", block.get("quant_method") if isinstance(block, dict) else None)
@@ -260,15 +266,34 @@ def check_sliceable(decoder: Decoder) -> None:
             f"the model is spread over several devices ({', '.join(sorted(devices))}): load it on one device, or slice "
             "from file to file with slice_checkpoint."
         )
+    ends = (*decoder.embeddings, decoder.sites[-1].path, decoder.head_path)
+    parts = tuple(f"{part}." for part in (*ends, decoder.architecture.layers))
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"{name} has dtype {parameter.dtype}: load the model in float32, bfloat16 or float16.")
+        if type(parameter.data) is not Tensor:
+            raise InputError(
+                f"{name} is a {type(parameter.data).__name__}, not a plain tensor: load the model unquantised and on "
+                "one device."
+            )
+        if not name.startswith(parts):
+            raise InputError(
+                f"{name} belongs to no part of a {model.config.model_type} causal language model that slicing knows: "
+                "load the model with AutoModelForCausalLM."
+            )
+    for path in ends:
+        _check_plain(path, at(model, path), "weight", "layer")
     for site, sublayer in decoder.sublayers():
         for branch in sublayer.branches:
+            _check_plain(f"{site.path}.{branch.norm}", at(site.part, branch.norm), "weight", "norm")
             for weight in weights(site.part, branch.readers + branch.writers):
-                if weight.name not in weight.owner._parameters:
-                    found = type(weight.owner)
-                    raise InputError(
-                        f"{site.path}.{branch.modules[0]} holds a {found.__module__}.{found.__name__}, "
-                        "not a plain linear layer: merge adapters before slicing."
-                    )
+                _check_plain(f"{site.path}.{branch.modules[0]}", weight.owner, weight.name, "linear layer")
+
+
+def _check_plain(path: str, module: nn.Module, name: str, what: str) -> None:
+    """Raise InputError unless a weight at ``path`` is a parameter of its own, not one that a wrapper computes."""
+    if name not in module._parameters:
+        found = type(module)
+        raise InputError(
+            f"{path} holds a {found.__module__}.{found.__name__}, not a plain {what}: merge adapters before slicing."
+        )

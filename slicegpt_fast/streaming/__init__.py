@@ -29,8 +29,8 @@ from slicegpt_fast.architectures import Decoder, architecture_of, at
 from slicegpt_fast.checkpoint import check_space, check_writable, checkpoint_folder, from_pretrained
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing import Bases, SliceArguments, SliceOptions, first_plan, fit_bases
+from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.rotation import outline, rotations
-from slicegpt_fast.slicing.walk import Batch, checked
 from slicegpt_fast.streaming.memory import FREE_SHARE, Activations, activations_device, estimate, free_memory
 from slicegpt_fast.streaming.shards import INDEX, Shards, empty_model
 from slicegpt_fast.streaming.storage import FolderStorage, write_json
@@ -82,7 +82,7 @@ def slice_checkpoint(
     asked = replace(asked, round_to=asked.step(device))  # the model itself is on the meta device
     checkpoint = checkpoint_folder(source)
     model = _empty_model(checkpoint, dtype)
-    batches = checked(calibration, model.config.vocab_size, torch.device("cpu"))
+    batches = list(checked(calibration, model.config, torch.device("cpu")))
     needs = estimate(model, first_plan(model, asked), batches, asked)
     shards = Shards(checkpoint, model, device)
     kept_on = activations_device(activations, device, needs)

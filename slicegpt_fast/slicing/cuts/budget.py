@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder, evaluating
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.bases import Bases, find_bases, refit_readers
+from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.cuts.choice import Sizes, choose_sizes
 from slicegpt_fast.slicing.cuts.curve import Curve
 from slicegpt_fast.slicing.cuts.cutting import LayerCuts, cut_model, fit_cuts
@@ -25,7 +26,6 @@ from slicegpt_fast.slicing.format import SliceConfig
 from slicegpt_fast.slicing.options import SliceOptions
 from slicegpt_fast.slicing.plan import SlicePlan, check_sliceable
 from slicegpt_fast.slicing.rotation import apply_bases
-from slicegpt_fast.slicing.walk import Batch, checked
 
 WIDTHS = 8  # of the stream that are tried below the full one, in steps of D / 32
 CONTENDERS = 3  # plans that are tried on held-out text, of those that may win
@@ -66,7 +66,7 @@ def cut_to_budget(
     """
     decoder = Decoder(model)
     check_sliceable(decoder)
-    batches = [*checked(calibration, model.config.vocab_size, torch.device("cpu"))]
+    batches = [*checked(calibration, model.config, torch.device("cpu"))]
     plans = _Plans(decoder, batches, options, progress)
     trials = [Trial(sizes) for sizes in plans.sizes]
     contenders = [sizes for sizes in plans.sizes if sizes.loss <= MARGIN * plans.sizes[0].loss][:CONTENDERS]
