@@ -305,7 +305,8 @@ class SliceJob:
 
     def windows(self, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", "Tensor"]:
         """Return the sequences to calibrate on, and those to measure on: as many as there are, 16 at most."""
-        windows = _windows(config, tokenizer, self.documents, self.length, self.sequences, self.seed)
+        wanted = self.sequences + HELD_OUT
+        windows = _windows(config, tokenizer, self.documents, self.length, self.sequences, wanted, self.seed)
         return windows[: self.sequences], windows[self.sequences : self.sequences + HELD_OUT]
 
 

@@ -146,7 +146,10 @@ def test_bad_arguments_are_named(arguments, message):
         (dict(widths=list(np.full(7, 40))), dict(widths=[40] * 7)),
         (dict(widths=np.full(7, 40)), dict(widths=[40] * 7)),
         (dict(sparsity=np.float32(0.25)), dict(sparsity=0.25)),
-        (dict(target_params=np.float32(0.75), round_to=np.int32(4)), dict(target_params=0.75, round_to=4)),
+        (
+            dict(target_params=np.float32(0.75), basis="shared", round_to=np.int32(4)),
+            dict(target_params=0.75, basis="shared", round_to=4),
+        ),
         (dict(sparsity=np.float16(0.25), basis=np.int64(3)), dict(sparsity=0.25, basis=3)),
         (
             dict(sparsity=0.25, shortcut="aligned", shortcut_rank=np.uint8(3)),
