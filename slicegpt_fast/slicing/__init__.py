@@ -19,6 +19,7 @@ from slicegpt_fast.slicing.plan import (
     make_plan,
 )
 from slicegpt_fast.slicing.rotation import apply_bases
+from slicegpt_fast.slicing.selfcheck import check_layers
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
 from slicegpt_fast.slicing.walk import Batch
 
@@ -115,6 +116,8 @@ def fit_bases(
     """All of :func:`slice_model` but the slicing itself: its arguments, and the bases that it applies."""
     calibration = list(calibration)
     plan = first_plan(model, schedule, plan_arguments)
+    if storage is IN_MEMORY:  # weights from files stand in modules that nobody touched
+        check_layers(model, calibration)
     if schedule == "variance":
         spectra = find_bases(model, calibration, plan, storage=storage.of("spectra"), progress=progress).spectra
         step, slice_head = plan_arguments.get("round_to", 8), plan_arguments.get("slice_head", False)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Architecture, architecture_of, at, weights
 from slicegpt_fast.errors import InputError, check_choice
 from slicegpt_fast.kernels.regimes import TILE
+from slicegpt_fast.slicing.trust import check_trusted
 
 Basis = Literal["per-norm", "shared"] | int
 Signal = Literal["raw", "normalized"]
@@ -310,3 +311,4 @@ def _check_sliceable(model: PreTrainedModel, architecture: Architecture) -> None
                         f"{architecture.layers}.{index}.{branch.modules[0]} holds a {kind.__module__}.{kind.__name__}, "
                         "not a plain linear layer: merge adapters before slicing."
                     )
+    check_trusted(model, architecture)
