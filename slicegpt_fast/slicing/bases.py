@@ -19,6 +19,7 @@ from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
 from slicegpt_fast.slicing.layers import norm_eps, normalise, rstd, run_branches
 from slicegpt_fast.slicing.plan import SlicePlan
+from slicegpt_fast.slicing.range import StreamRange
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
 from slicegpt_fast.slicing.walk import Batch, enter, visit
 
@@ -91,6 +92,7 @@ def find_bases(
     unfinished = storage.tensors("covariance")  # of the sites so far, where the next one shares their basis
     with evaluating(model):
         stream = enter(model, calibration, storage, at_least=max(plan.widths))
+        stream_range = StreamRange(model.dtype)
         for stop in visit(model, storage, "calibrating", progress=progress):
             if unfinished:
                 covariance = unfinished.pop()
@@ -101,6 +103,7 @@ def find_bases(
                 if centered:
                     state = stream.states[i] = _centred(state)
                 rows = state.flatten(0, 1)
+                stream_range.see(rows, stop.path)
                 scale = rstd(rows, full, norm_eps(stop.norm)).squeeze(1) if plan.signal == "normalized" else None
                 covariance_(covariance, rows, scale, mask)
             if not covariance.diagonal().isfinite().all():
@@ -124,6 +127,7 @@ def find_bases(
                 normalised = normalise(stop.layer, stop.sublayer, state)
                 output, _ = run_branches(stop.layer, stop.sublayer, normalised, **arguments[stop.index])
                 stream.states[i] = state + output
+    stream_range.warn()
     return Bases(plan, matrices, torch.stack(list(spectra)), stream.tokens)
 
 

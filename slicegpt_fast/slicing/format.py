@@ -6,6 +6,7 @@ quantizer registered here, which narrows it, and fills it from safetensors.
 """
 
 import math
+import re
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -13,17 +14,25 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from slicegpt_fast.architectures import architecture_of
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.layers import narrow_
 from slicegpt_fast.slicing.plan import Basis, Shortcut, Signal, SlicePlan, check_plan
+from slicegpt_fast.slicing.trust import check_class
 
 METHOD = "slicegpt"
 
 
 @register_quantization_config(METHOD)
 class SliceConfig(QuantizationConfigMixin):
-    """The plan of a sliced model as its config stores it; the fields are those of :class:`SlicePlan`."""
+    """The plan of a sliced model as its config stores it; the fields are those of :class:`SlicePlan`.
+
+    Attributes:
+        loading: a quantizer narrows the model that is being built with this config.
+    """
+
+    loading = False
 
     def __init__(
         self,
@@ -46,6 +55,10 @@ class SliceConfig(QuantizationConfigMixin):
         self.shortcut = shortcut
         self.shortcut_rank = shortcut_rank
         self.calibration_tokens = calibration_tokens
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field by its name: transformers reads the block of a config that it is given as a dictionary."""
+        return getattr(self, name, default)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -89,14 +102,22 @@ def slice_config_of(model_or_config: Any) -> SliceConfig | None:
 class SliceQuantizer(HfQuantizer):
     """Narrows the skeleton of a sliced model before its weights are loaded. Nothing is quantised."""
 
+    def __init__(self, quantization_config: SliceConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        quantization_config.loading = True
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         assert isinstance(self.quantization_config, SliceConfig)
+        del self.quantization_config.loading
+        check_class(model)
         plan = self.quantization_config.plan()
         check_plan(plan, model)
         narrow_(model, plan)
         check_weights(model, checkpoint_files or [])
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(guard_name(model))}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         # From here on it is an ordinary model: .float(), training and saving must not treat it as a quantised one.
@@ -111,15 +132,20 @@ class SliceQuantizer(HfQuantizer):
         return True
 
 
+def guard_name(model: PreTrainedModel) -> str:
+    """The name of the final norm's weight in a dense model; with a sliced one, an empty tensor is stored under it."""
+    return f"{architecture_of(model).final_norm}.weight"
+
+
 def check_weights(model: PreTrainedModel, files: list[str]) -> None:
     """Hold the tensors of safetensors ``files`` against the parameters of ``model``, reading headers only.
 
     transformers stores some tensors under other names or split (experts), so what is missing is found by counting.
 
     Raises:
-        InputError: a file is damaged, a tensor is missing or has another shape.
+        InputError: a file is damaged, a tensor is missing or has another shape, or the weights are a dense model's.
     """
-    stored = {}
+    stored: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
@@ -134,6 +160,11 @@ def check_weights(model: PreTrainedModel, files: list[str]) -> None:
                 f"the checkpoint's {name} has shape {stored[name]}, its config asks for {expected[name]}: the files do "
                 "not belong together."
             )
+    if math.prod(stored.get(guard_name(model), (0,))):
+        raise InputError(
+            f"the checkpoint holds {guard_name(model)}, so its weights are a dense model's, but its config is a sliced "
+            "one's: the files do not belong together."
+        )
     if files and sum(map(math.prod, stored.values())) < sum(map(math.prod, expected.values())):
         missing = sorted(expected.keys() - stored.keys())
         raise InputError(f"the checkpoint lacks weights (such as {missing[0]}): copy or write it again.")

@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Weight, architecture_of, at, weights
 from slicegpt_fast.slicing.bases import Bases
+from slicegpt_fast.slicing.card import base_of
 from slicegpt_fast.slicing.format import SliceConfig
+from slicegpt_fast.slicing.integration import name_unsaved
 from slicegpt_fast.slicing.layers import narrow_, shortcut_name
 from slicegpt_fast.slicing.plan import check_plan
+from slicegpt_fast.slicing.range import check_range
 
 
 @torch.inference_mode(False)  # its weights could not be trained
@@ -41,6 +44,9 @@ def outline(model: PreTrainedModel, bases: Bases) -> PreTrainedModel:
     sliced = copy.deepcopy(model, empty)
     narrow_(sliced, bases.plan)
     sliced.config.quantization_config = SliceConfig.from_bases(bases)
+    if base_of(model):
+        sliced.config.sliced_from = base_of(model)
+    name_unsaved(sliced)
     return sliced
 
 
@@ -91,7 +97,16 @@ def rotations(
         _copy_rest_(target.owner, head.owner)
 
     layer_calls = [partial(rotate_layer, index) for index in range(len(layers))]
-    return list(zip(parts(model), [rotate_embeddings, *layer_calls, rotate_head], strict=True))
+    calls: list[Callable[[], None]] = [rotate_embeddings, *layer_calls, rotate_head]
+    return [
+        (paths, partial(_rotate_checked, rotate, sliced, paths))
+        for paths, rotate in zip(parts(model), calls, strict=True)
+    ]
+
+
+def _rotate_checked(rotate: Callable[[], None], sliced: PreTrainedModel, paths: tuple[str, ...]) -> None:
+    rotate()
+    check_range(sliced, paths)
 
 
 def _exact(weight: Tensor) -> Tensor:
