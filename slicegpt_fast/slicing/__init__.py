@@ -54,6 +54,7 @@ def slice_model(
     refit: bool = False,
     round_to: int | Literal["auto"] = 8,
     slice_head: bool = False,
+    check: bool = True,
     progress: bool = True,
 ) -> PreTrainedModel:
     """Return a smaller copy of a causal language model, sliced to its principal components (arXiv 2401.15024).
@@ -79,6 +80,7 @@ def slice_model(
             calibration text. SmolLM2's held-out perplexity gains from it, the more the more text (docs/benchmarks).
         round_to: kept sizes are multiples of this; ``"auto"`` picks one for the model's device.
         slice_head: slice the last block's output and the head too.
+        check: compare every decoder layer, rotated but not cut, with the dense one on a few calibration tokens first.
         progress: show progress bars.
 
     Raises:
@@ -98,6 +100,7 @@ def slice_model(
         refit=refit,
         round_to=round_to,
         slice_head=slice_head,
+        check=check,
         progress=progress,
     )
     return apply_bases(model, bases, progress=progress)
@@ -109,6 +112,7 @@ def fit_bases(
     *,
     schedule: Schedule = "uniform",
     refit: bool = False,
+    check: bool = True,
     storage: Storage = IN_MEMORY,
     progress: bool = True,
     **plan_arguments: Any,
@@ -116,7 +120,7 @@ def fit_bases(
     """All of :func:`slice_model` but the slicing itself: its arguments, and the bases that it applies."""
     calibration = list(calibration)
     plan = first_plan(model, schedule, plan_arguments)
-    if storage is IN_MEMORY:  # weights from files stand in modules that nobody touched
+    if check and storage is IN_MEMORY:  # weights from files stand in modules that nobody touched
         check_layers(model, calibration)
     if schedule == "variance":
         spectra = find_bases(model, calibration, plan, storage=storage.of("spectra"), progress=progress).spectra

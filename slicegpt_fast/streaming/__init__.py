@@ -68,7 +68,7 @@ def slice_checkpoint(
         activations: where they are kept between two layers: on the ``"device"``, in host ``"memory"``, on ``"disk"``;
             ``"auto"`` takes the first that they fit into.
         progress: say what will be needed, and show progress bars.
-        arguments: all others of :func:`slicegpt_fast.slice_model`.
+        arguments: all others of :func:`slicegpt_fast.slice_model`; ``check`` has no effect on stored weights.
 
     Returns:
         The bases, with their plan and spectra but without their matrices.
@@ -144,7 +144,7 @@ def _options(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The arguments of slice_model that choose its result, with its defaults."""
     bound = inspect.signature(slice_model).bind(None, None, **arguments)
     bound.apply_defaults()
-    options = {name: bound.arguments[name] for name in list(bound.arguments)[2:] if name != "progress"}
+    options = {name: bound.arguments[name] for name in list(bound.arguments)[2:] if name not in ("check", "progress")}
     if options["round_to"] == "auto":
         options["round_to"] = TILE.get(device.type, TILE["cpu"])
     return options | {"widths": None if options["widths"] is None else list(options["widths"])}

@@ -267,6 +267,7 @@ def test_slice_model_runs_the_self_check(monkeypatch):
     of_class("model.layers.0", ScaledLayer)(model)
     with pytest.raises(InputError, match=r"model\.layers\.0 .* differs from the dense layer"):
         slice_model(model, [tokens(4, 32)], sparsity=0.25, progress=False)
+    slice_model(model, [tokens(4, 32)], sparsity=0.25, check=False, progress=False)
 
 
 def test_the_self_check_skips_padding():
