@@ -13,6 +13,7 @@ from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
 from slicegpt_fast.slicing.options import SliceArguments, SliceOptions
 from slicegpt_fast.slicing.plan import SlicePlan, block_parameters, fit_widths, make_plan
 from slicegpt_fast.slicing.rotation import apply_bases
+from slicegpt_fast.slicing.selfcheck import check_layers
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
 
 __all__ = [
@@ -39,6 +40,7 @@ def slice_model(
     model: PreTrainedModel,
     calibration: Iterable[Batch],
     *,
+    check: bool = True,
     progress: bool = True,
     **options: Unpack[SliceArguments],
 ) -> PreTrainedModel:
@@ -54,6 +56,7 @@ def slice_model(
         model: a dense transformers causal language model in fp32, bf16 or fp16.
         calibration: token batches, as :func:`slicegpt_fast.token_batches` makes them: [B, T] integers, or mappings with
             ``input_ids`` and ``attention_mask``.
+        check: compare every decoder layer, rotated but not cut, with the dense one on a few calibration tokens first.
         progress: show progress bars.
         options: the fields of :class:`slicegpt_fast.SliceOptions`, by name: one of ``sparsity``, ``target_params`` and
             ``widths``; with the second ``cut``, ``budget``, ``uniform``; and ``basis``,
@@ -65,8 +68,9 @@ def slice_model(
     """
     chosen = SliceOptions(**options)
     if chosen.axes:
-        return cut_to_budget(model, calibration, chosen, progress=progress).model
-    return apply_bases(model, fit_bases(model, calibration, chosen, progress=progress), progress=progress)
+        return cut_to_budget(model, calibration, chosen, check=check, progress=progress).model
+    bases = fit_bases(model, calibration, chosen, check=check, progress=progress)
+    return apply_bases(model, bases, progress=progress)
 
 
 def fit_bases(
@@ -74,12 +78,15 @@ def fit_bases(
     calibration: Iterable[Batch],
     options: SliceOptions,
     *,
+    check: bool = True,
     storage: Storage = IN_MEMORY,
     progress: bool = True,
 ) -> Bases:
     """Return the bases that :func:`slice_model` applies: all of its work but the slicing itself."""
     calibration = batch_list(calibration)
     plan = first_plan(model, options)
+    if check and storage is IN_MEMORY:  # weights from files stand in modules that nobody touched
+        check_layers(model, calibration)
     if options.schedule == "variance":
         spectra = find_bases(model, calibration, plan, storage=storage.of("spectra"), progress=progress).spectra
         plan = fit_widths(model, plan, spectra, options)

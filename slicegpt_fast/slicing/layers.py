@@ -1,5 +1,6 @@
 """The shape of a sliced model: weightless norms, narrow linear layers, shortcuts on the residual path."""
 
+import copy
 from functools import cache
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Architecture, Branch, Decoder, Sublayer, Weight, at, weights
+from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.cuts.narrow import narrow_layers_
 from slicegpt_fast.slicing.plan import SlicePlan
 
@@ -29,6 +31,21 @@ class WeightlessNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # [..., d] -> [..., d]
         return (hidden_states * rstd(hidden_states, self.full_width, self.eps)).to(hidden_states.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightlessNorm":
+        """Copy the norm with the model around it; alone it is copied by adapters that want to train the copy.
+
+        Raises:
+            InputError: it is copied alone.
+        """
+        if not memo:
+            raise InputError(
+                "the norms of a sliced model have no weight to train, it is folded into the linear layers that read "
+                "them: adapt those (LoRA), not the norms (LNTuning, modules_to_save)."
+            )
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def extra_repr(self) -> str:
         return f"full_width={self.full_width}, eps={self.eps}"

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Decoder, at, weights
 from slicegpt_fast.errors import InputError, is_whole
 from slicegpt_fast.slicing.cuts.narrow import channels_of
 from slicegpt_fast.slicing.options import Basis, Shortcut, Signal, SliceOptions
+from slicegpt_fast.slicing.trust import check_trusted
 
 
 @dataclass(frozen=True)
@@ -266,34 +267,7 @@ def check_sliceable(decoder: Decoder) -> None:
             f"the model is spread over several devices ({', '.join(sorted(devices))}): load it on one device, or slice "
             "from file to file with slice_checkpoint."
         )
-    ends = (*decoder.embeddings, decoder.sites[-1].path, decoder.head_path)
-    parts = tuple(f"{part}." for part in (*ends, decoder.architecture.layers))
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"{name} has dtype {parameter.dtype}: load the model in float32, bfloat16 or float16.")
-        if type(parameter.data) is not Tensor:
-            raise InputError(
-                f"{name} is a {type(parameter.data).__name__}, not a plain tensor: load the model unquantised and on "
-                "one device."
-            )
-        if not name.startswith(parts):
-            raise InputError(
-                f"{name} belongs to no part of a {model.config.model_type} causal language model that slicing knows: "
-                "load the model with AutoModelForCausalLM."
-            )
-    for path in ends:
-        _check_plain(path, at(model, path), "weight", "layer")
-    for site, sublayer in decoder.sublayers():
-        for branch in sublayer.branches:
-            _check_plain(f"{site.path}.{branch.norm}", at(site.part, branch.norm), "weight", "norm")
-            for weight in weights(site.part, branch.readers + branch.writers):
-                _check_plain(f"{site.path}.{branch.modules[0]}", weight.owner, weight.name, "linear layer")
-
-
-def _check_plain(path: str, module: nn.Module, name: str, what: str) -> None:
-    """Raise InputError unless a weight at ``path`` is a parameter of its own, not one that a wrapper computes."""
-    if name not in module._parameters:
-        found = type(module)
-        raise InputError(
-            f"{path} holds a {found.__module__}.{found.__name__}, not a plain {what}: merge adapters before slicing."
-        )
+    check_trusted(decoder)

@@ -124,11 +124,12 @@ def test_a_forward_that_somebody_set_comes_back():
     def fail(*_):
         raise RuntimeError("no positions")
 
-    find_bases(model, [tokens(4, 32)], make_plan(model, SliceOptions(sparsity=0.3)), progress=False)
+    plan = make_plan(tiny_model(), SliceOptions(sparsity=0.3))
+    find_bases(model, [tokens(4, 32)], plan, progress=False)
     assert vars(layer)["forward"] is own
     model.model.rotary_emb.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="no positions"):
-        find_bases(model, [tokens(4, 32)], make_plan(model, SliceOptions(sparsity=0.3)), progress=False)
+        find_bases(model, [tokens(4, 32)], plan, progress=False)
     assert vars(layer)["forward"] is own
     assert "forward" not in vars(model.model.layers[0])
 

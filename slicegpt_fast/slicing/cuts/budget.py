@@ -23,9 +23,11 @@ from slicegpt_fast.slicing.cuts.cutting import LayerCuts, cut_model, fit_cuts
 from slicegpt_fast.slicing.cuts.sensitivity import Sensitivity, measure_sensitivity, summed_loss
 from slicegpt_fast.slicing.cuts.stream import shared_basis, stream_curve
 from slicegpt_fast.slicing.format import SliceConfig
+from slicegpt_fast.slicing.integration import mark_sliced
 from slicegpt_fast.slicing.options import SliceOptions
 from slicegpt_fast.slicing.plan import SlicePlan, check_sliceable
 from slicegpt_fast.slicing.rotation import apply_bases
+from slicegpt_fast.slicing.selfcheck import check_layers
 
 WIDTHS = 8  # of the stream that are tried below the full one, in steps of D / 32
 CONTENDERS = 3  # plans that are tried on held-out text, of those that may win
@@ -57,9 +59,21 @@ class CutResult:
 
 
 def cut_to_budget(
-    model: PreTrainedModel, calibration: Iterable[Batch], options: SliceOptions, *, progress: bool = True
+    model: PreTrainedModel,
+    calibration: Iterable[Batch],
+    options: SliceOptions,
+    *,
+    check: bool = True,
+    progress: bool = True,
 ) -> CutResult:
     """Return a copy of a dense model that stores what ``options`` ask for, cut wherever it costs least.
+
+    Args:
+        model: a dense causal language model; unchanged on return.
+        calibration: token batches, as for :func:`slicegpt_fast.slice_model`.
+        options: give ``target_params`` and what may be cut.
+        check: compare every decoder layer, rotated but not cut, with the dense one on a few calibration tokens first.
+        progress: show progress bars.
 
     Raises:
         InputError: the model cannot be sliced, the text is malformed or too short, or no sizes meet the budget.
@@ -67,6 +81,8 @@ def cut_to_budget(
     decoder = Decoder(model)
     check_sliceable(decoder)
     batches = [*checked(calibration, model.config, torch.device("cpu"))]
+    if check:
+        check_layers(model, batches)
     plans = _Plans(decoder, batches, options, progress)
     trials = [Trial(sizes) for sizes in plans.sizes]
     contenders = [sizes for sizes in plans.sizes if sizes.loss <= MARGIN * plans.sizes[0].loss][:CONTENDERS]
@@ -75,7 +91,7 @@ def cut_to_budget(
     sizes = trials[0].sizes
     made, bases = plans.make(sizes)
     plan = _plan(decoder, sizes, bases)
-    made.config.quantization_config = SliceConfig(plans.sensitivity.tokens, **vars(plan))
+    mark_sliced(made, model, SliceConfig(plans.sensitivity.tokens, **vars(plan)))
     return CutResult(made, plan, tuple(trials))
 
 
