@@ -31,6 +31,7 @@ class Branch:
             out (mixture-of-experts families have layers of both kinds).
         takes_layer_arguments: the first module is called with the layer's arguments (masks, positions, cache).
         keyword: by which the family gives the first module the normalised stream; None where it does so by position.
+        withheld: the layer's arguments that the first module is not called with.
         activation: the module between a feed-forward network's readers and writers; None for attention.
     """
 
@@ -40,6 +41,7 @@ class Branch:
     writers: tuple[str, ...]
     takes_layer_arguments: bool = False
     keyword: str | None = None
+    withheld: tuple[str, ...] = ()
     activation: str | None = None
 
 
@@ -153,12 +155,18 @@ def weights(layer: nn.Module, paths: tuple[str, ...]) -> list[Weight]:
 
 
 def attention(
-    norm: str, module: str, readers: tuple[str, ...], writer: str, *after: str, keyword: str | None = "hidden_states"
+    norm: str,
+    module: str,
+    readers: tuple[str, ...],
+    writer: str,
+    *after: str,
+    keyword: str | None = "hidden_states",
+    withheld: tuple[str, ...] = (),
 ) -> Branch:
     """An attention branch; ``readers`` and ``writer`` are names inside ``module``."""
     inside = tuple(f"{module}.{reader}" for reader in readers)
     writers = (f"{module}.{writer}",)
-    return Branch(norm, (module, *after), inside, writers, takes_layer_arguments=True, keyword=keyword)
+    return Branch(norm, (module, *after), inside, writers, True, keyword, withheld)
 
 
 def mlp(
@@ -206,9 +214,10 @@ PHI = Architecture(
     final_norm="model.final_layernorm",
     centered=True,
 )
+CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
 GPT2 = Architecture(
     sequential(
-        attention("ln_1", "attn", ("c_attn",), "c_proj", keyword=None),
+        attention("ln_1", "attn", ("c_attn",), "c_proj", keyword=None, withheld=CROSS_ATTENTION),
         mlp("ln_2", "mlp", ("c_fc",), ("c_proj",), "act"),
     ),
     embeddings=("transformer.wte", "transformer.wpe"),
@@ -229,7 +238,7 @@ def opt(config: PreTrainedConfig) -> Architecture:
         )
     return Architecture(
         sequential(
-            attention("self_attn_layer_norm", "self_attn", QKV, "out_proj"),
+            attention("self_attn_layer_norm", "self_attn", QKV, "out_proj", withheld=("use_cache",)),
             Branch("final_layer_norm", ("fc1", "activation_fn", "fc2"), ("fc1",), ("fc2",), activation="activation_fn"),
         ),
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
