@@ -62,7 +62,6 @@ class Guard:
         self._modules = [cast(nn.Module, slots[name]) for slots, name in self._slots]
         self._all = [*self._modules, *others]
         self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]
-        self._owns = [module.__dict__ for module in self._modules]
         own = [
             module.__dict__ | ({forward_slot(module): forwards[module]} if module in forwards else {})
             for module in self._modules
@@ -70,9 +69,11 @@ class Guard:
         self._forwards = [each.get(slot) for slot in SLOTS for each in own]
         self._dropouts = [module for module in self._modules if isinstance(module, nn.Dropout)]
         self._gone: str | None = None
-        self._remember_classes()
+        self._remember()
 
-    def _remember_classes(self) -> None:
+    def _remember(self) -> None:
+        """Take what a copy has anew: its modules' attributes, and classes that cannot be pickled."""
+        self._owns = [module.__dict__ for module in self._modules]
         self._classes = [type(module) for module in self._all]
         self._codes = [_code(cls) for cls in dict.fromkeys(self._classes)]
 
@@ -105,12 +106,12 @@ class Guard:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without classes and their functions, which are not always pickled; a change of them stays a change."""
-        return self.__dict__ | {"_gone": self.replaced(), "_classes": None, "_codes": None}
+        """Without what a copy takes anew; a class that was changed by then stays changed."""
+        return self.__dict__ | {"_gone": self.replaced(), "_owns": None, "_classes": None, "_codes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._remember_classes()
+        self._remember()
 
 
 def _code(cls: type[nn.Module]) -> tuple[type[nn.Module], object, object]:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import types
 import weakref
 from functools import partial
@@ -633,7 +634,14 @@ def test_functional_calls():
     assert_equal_models(model, twin)
 
 
-AFTER_COMPILING = {
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+CHANGES = {
     "hook": lambda layer: layer.mlp.register_forward_hook(lambda _, inputs, output: output * 2),
     "class": lambda layer: setattr(layer.mlp, "__class__", MLP),
     "forward": lambda layer: setattr(layer.mlp, "forward", lambda x: x * 2),
@@ -644,7 +652,7 @@ AFTER_COMPILING = {
 }
 
 
-@pytest.mark.parametrize("change", AFTER_COMPILING)
+@pytest.mark.parametrize("change", CHANGES)
 def test_changes_after_compiling(change):
     """What a compiled unpatched model sees, a compiled patched one sees too."""
     model, twin = twins(attention_bias=False, mlp_bias=False)
@@ -652,8 +660,19 @@ def test_changes_after_compiling(change):
     for each in compiled:
         logits(each)
     for each in (model, twin):
-        AFTER_COMPILING[change](each.model.layers[0])
+        CHANGES[change](each.model.layers[0])
     assert_equal_models(*compiled)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_a_copy(change, how):
+    model, twin = twins(attention_bias=False, mlp_bias=False)
+    model = how(model)
+    assert patch_report(model).fused == 7
+    for each in (model, twin):
+        CHANGES[change](each.model.layers[0])
+    assert_equal_models(model, twin)
 
 
 def adaption_prompt():
