@@ -259,9 +259,9 @@ def places(layer: nn.Module, sublayer: Sublayer) -> Iterator[Place]:
     paths: list[str] = []
     for branch in sublayer.branches:
         paths += [branch.norm, *branch.modules, *branch.readers, *branch.writers]
-        if branch.activation is not None:  # nothing in a feed-forward network runs by itself
-            paths += [branch.activation]
-            paths += [f"{p}.{name}" for p in branch.modules for name, _ in at(layer, p).named_modules() if name]
+        paths += [branch.activation] if branch.activation is not None else []
+        # What stands inside is gone around, or stands behind a projection that hands something else on than it did.
+        paths += [f"{p}.{name}" for p in branch.modules for name, _ in at(layer, p).named_modules() if name]
     shortcut = shortcut_name(sublayer)
     if getattr(layer, shortcut, None) is not None:
         paths += [shortcut, *(f"{shortcut}.{name}" for name, _ in at(layer, shortcut).named_children())]

@@ -327,6 +327,11 @@ PARAMETRIZATIONS = {
 }
 
 
+class Halve(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
 class Double(nn.Module):
     def forward(self, weight):
         return weight * 2
@@ -447,6 +452,25 @@ def test_dropouts_that_are_on_in_evaluation():
         torch.manual_seed(0)
         found.append(logits(each))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", ["hook", "wrapped"])
+def test_what_follows_the_output_projection_inside_an_attention(change, when):
+    twin = model_of("shared", "gpt2")
+    model = copy.deepcopy(twin)
+    if when == "after":
+        patch_model(model)
+    for each in (model, twin):
+        attention = each.transformer.h[1].attn
+        if change == "wrapped":
+            attention.resid_dropout = nn.Sequential(attention.resid_dropout, Halve())
+        else:
+            attention.resid_dropout.register_forward_hook(lambda _, inputs, output: output / 2)
+    if when == "before":
+        patch_model(model)
+    assert "transformer.h.1.attention" in reasons(model)
+    assert_equal_models(model, twin)
 
 
 def test_an_instances_own_forward_from_before():
