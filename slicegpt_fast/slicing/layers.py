@@ -79,12 +79,20 @@ def norm_eps(norm: nn.Module) -> float:
     return cast(float, norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
+def call_first(module: nn.Module, branch: Branch, normalised: Tensor, layer_arguments: dict[str, Any]) -> Any:
+    """The first module of a branch on x [B, T, d], called as the family calls it."""
+    if not branch.takes_layer_arguments:
+        return module(normalised)
+    named = {name: value for name, value in layer_arguments.items() if name not in branch.withheld}
+    if branch.keyword is None:
+        return module(normalised, **named)
+    return module(**{branch.keyword: normalised}, **named)
+
+
 def run_branch(layer: nn.Module, branch: Branch, normalised: Tensor, **layer_arguments: Any) -> tuple[Tensor, Any]:
     """``module(x)`` of one branch, and the attention weights where it attends: x [B, T, d] -> [B, T, d']."""
     first, *others = branch.modules
-    given = () if branch.keyword else (normalised,)
-    named = {branch.keyword: normalised} if branch.keyword else {}
-    output = at(layer, first)(*given, **named, **layer_arguments if branch.takes_layer_arguments else {})
+    output = call_first(at(layer, first), branch, normalised, layer_arguments)
     output, attention_weights = output[:2] if isinstance(output, tuple) else (output, None)
     for path in others:
         output = at(layer, path)(output)
