@@ -1,5 +1,6 @@
 """The shape of a sliced model: weightless norms, narrow linear layers, shortcuts on the residual path."""
 
+import copy
 from functools import cache
 from typing import Any, cast
 
@@ -134,6 +135,12 @@ def new_with_shortcuts(base: type[nn.Module], architecture: Architecture) -> nn.
     """Return an instance of :func:`with_shortcuts` without contents."""
     made = with_shortcuts(base, architecture)  # type: ignore[arg-type]
     return made.__new__(made)
+
+
+def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of ``model`` with all parameters on the meta device."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, empty)
 
 
 def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
