@@ -25,6 +25,7 @@ from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from slicegpt_fast.architectures import Architecture, Sublayer, at
+from slicegpt_fast.slicing.heads import CutHeads, FollowProjections, PadValues
 from slicegpt_fast.slicing.layers import shortcut_name, with_shortcuts
 
 Forward = Callable[..., Tensor]
@@ -36,6 +37,7 @@ GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(getattr(torch_module, f"_global
 LINEARS = (nn.Linear, Conv1D)  # what computes x W^T + b and nothing else, beside Falcon's own of the same formula
 ACTIVATION_CODE = ("torch.nn", "transformers.activations")
 OWN_CODE = ("slicegpt_fast.slicing.layers",)
+OWN_HOOKS = (CutHeads, FollowProjections, PadValues)
 # Where the code stands that a fused form may replace: torch, transformers, this package.
 PACKAGES = tuple(
     str(Path(file).parents[depth]) for file, depth in ((torch.__file__, 0), (transformers.__file__, 0), (__file__, 1))
@@ -119,8 +121,14 @@ def _code(cls: type[nn.Module]) -> tuple[type[nn.Module], object, object]:
 
 
 def foreign(hooks: dict[int, Callable[..., Any]]) -> bool:
-    """True where a hook is not one with which transformers records attention weights and hidden states."""
-    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks.values())
+    """True where a hook is neither transformers' own, which record attention weights, nor one of narrow values.
+
+    Those hang on an attention and its projections, which a fused sublayer calls as ever.
+    """
+    return any(
+        type(hook) not in OWN_HOOKS and not getattr(hook, "__module__", "").startswith("transformers.")
+        for hook in hooks.values()
+    )
 
 
 def infers(module: nn.Module, x: Tensor) -> bool:

@@ -161,6 +161,12 @@ def new_with_shortcuts(base: type[nn.Module], architecture: Architecture) -> nn.
     return made.__new__(made)
 
 
+def empty_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of ``model`` with all parameters on the meta device."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, empty)
+
+
 def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
     """Give ``model`` the modules and shapes of ``plan``; every new parameter is on the meta device, to be filled."""
     decoder = Decoder(model)

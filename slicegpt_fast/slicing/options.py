@@ -54,8 +54,9 @@ class SliceOptions:
             variance, within ``target_params``.
         refit: re-fit the readers to the dense model's normalised inputs by least squares, in a second pass over the
             calibration text. SmolLM2's held-out perplexity gains from it, the more the more text (docs/benchmarks).
-        round_to: kept sizes are multiples of this, 8 by default; ``"auto"`` picks one for the model's device. A cut's
-            default is 32 channels (128 on a GPU) and 8 dimensions of the values.
+        round_to: kept sizes are multiples of this, 8 by default; ``"auto"`` picks one for the model's device. A cut
+            rounds the stream and the channels to it, by default to 16 and 32 (64 and 128 on a GPU); the dimensions of
+            the values are always multiples of 8.
         slice_head: slice the last block's output and the head too.
 
     Raises:
@@ -109,8 +110,8 @@ class SliceOptions:
         """Check the options of a cut."""
         check_choice("budget", self.budget, Budget)
         if self.cut is not None:
-            axes = self.axes
-            if not axes or set(axes) - set(AXES) or len(set(axes)) < len(axes):
+            axes = self.axes if isinstance(self.cut, Sequence) else ()
+            if not axes or any(axis not in AXES for axis in axes) or len(set(axes)) < len(axes):
                 raise InputError(f"cut must be 'auto' or some of {', '.join(map(repr, AXES))}, not {self.cut!r}.")
             if self.target_params is None:
                 raise InputError("cut spends a budget: give target_params.")

@@ -207,6 +207,11 @@ def parameter_counter(decoder: Decoder) -> Callable[[SlicePlan], int]:
 def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
     """Raise InputError unless ``plan`` is one for a model of this depth and hidden size."""
     sites, full = len(decoder.sites), decoder.width
+    if not (isinstance(plan.widths, tuple) and isinstance(plan.groups, tuple)):
+        raise InputError(
+            f"the quantization_config of a sliced model gives widths and groups as lists, not {plan.widths!r} and "
+            f"{plan.groups!r}: the config was changed."
+        )
     fits = (
         plan.full_width == full
         and len(plan.widths) == len(plan.groups) == sites
@@ -220,16 +225,22 @@ def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
             f"not fit a model of {sites} norm sites and hidden size {full}: give every site a size of 1 to {full}, the "
             "same within a group."
         )
+    if plan.basis is None and set(plan.widths) != {full}:
+        raise InputError(
+            f"the plan has no basis, which leaves the stream at {full}, but a size of {min(plan.widths)}: the config "
+            "was changed."
+        )
     limits = {"channels": [*channels_of(decoder)], "values": [decoder.heads.size] * len(decoder.layers)}
     for name, largest in limits.items():
         sizes = getattr(plan, name)
-        if sizes and not (
-            len(sizes) == len(largest)
+        if sizes != () and not (
+            isinstance(sizes, tuple)
+            and len(sizes) == len(largest)
             and all(is_whole(size) and 0 < size <= most for size, most in zip(sizes, largest, strict=True))
         ):
             raise InputError(
-                f"the plan's {name} are {list(sizes)}, which does not fit {len(largest)} layers of {largest[0]}: the "
-                "config was changed, or belongs to another model."
+                f"the plan (the quantization_config of a sliced model) gives {name} {sizes!r}, which does not fit "
+                f"{len(largest)} layers of up to {max(largest)}: the config was changed, or belongs to another model."
             )
 
 

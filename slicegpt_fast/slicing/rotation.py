@@ -1,6 +1,5 @@
 """Turn a dense model into a sliced one: fold the norms' weights, rotate into the bases, keep the leading directions."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from slicegpt_fast.architectures import Decoder, Weight, at, weights
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.format import SliceConfig
 from slicegpt_fast.slicing.integration import mark_sliced
-from slicegpt_fast.slicing.layers import copy_rest_, narrow_, shortcut_name
+from slicegpt_fast.slicing.layers import copy_rest_, empty_copy, narrow_, shortcut_name
 from slicegpt_fast.slicing.plan import check_plan
 from slicegpt_fast.slicing.range import check_range
 
@@ -40,9 +39,7 @@ def apply_bases(model: PreTrainedModel, bases: Bases, *, progress: bool = True) 
 def outline(dense: Decoder, bases: Bases) -> Decoder:
     """Return a copy of a dense model in the shape that ``bases`` give it, with all parameters on the meta device."""
     check_plan(bases.plan, dense)
-    model = dense.model
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-    sliced = copy.deepcopy(model, empty)
+    sliced = empty_copy(dense.model)
     narrow_(sliced, bases.plan)
     mark_sliced(sliced, model, SliceConfig.from_bases(bases))
     return Decoder(sliced)
