@@ -10,7 +10,7 @@ from slicegpt_fast.slicing.bases import Bases, align, find_bases, refit_readers
 from slicegpt_fast.slicing.cuts.budget import CutResult, cut_to_budget
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
 from slicegpt_fast.slicing.options import SliceArguments, SliceOptions
-from slicegpt_fast.slicing.plan import SlicePlan, block_parameters, fit_widths, make_plan
+from slicegpt_fast.slicing.plan import SlicePlan, block_parameters, dense_sizes, fit_widths, make_plan
 from slicegpt_fast.slicing.rotation import apply_bases
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
 from slicegpt_fast.slicing.walk import Batch
@@ -26,6 +26,7 @@ __all__ = [
     "apply_bases",
     "block_parameters",
     "cut_to_budget",
+    "dense_sizes",
     "find_bases",
     "first_plan",
     "fit_bases",

@@ -49,11 +49,13 @@ class CutResult:
         model: the cut model.
         plan: its sizes.
         trials: the plans that met the budget, the one that was taken first.
+        bases: what its stream was sliced by; None where the stream was left alone.
     """
 
     model: PreTrainedModel
     plan: SlicePlan
     trials: tuple[Trial, ...]
+    bases: Bases | None
 
 
 def cut_to_budget(
@@ -76,7 +78,7 @@ def cut_to_budget(
     made, bases = plans.make(sizes)
     plan = _plan(decoder, sizes, bases)
     made.config.quantization_config = SliceConfig(plans.sensitivity.tokens, **vars(plan))
-    return CutResult(made, plan, tuple(trials))
+    return CutResult(made, plan, tuple(trials), bases)
 
 
 class _Plans:
