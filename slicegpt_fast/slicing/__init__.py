@@ -11,7 +11,7 @@ from slicegpt_fast.slicing.batches import Batch, batch_list
 from slicegpt_fast.slicing.cuts.budget import CutResult, cut_to_budget
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
 from slicegpt_fast.slicing.options import SliceArguments, SliceOptions
-from slicegpt_fast.slicing.plan import SlicePlan, block_parameters, fit_widths, make_plan
+from slicegpt_fast.slicing.plan import SlicePlan, block_parameters, dense_sizes, fit_widths, make_plan
 from slicegpt_fast.slicing.rotation import apply_bases
 from slicegpt_fast.slicing.selfcheck import check_layers
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
@@ -27,6 +27,7 @@ __all__ = [
     "apply_bases",
     "block_parameters",
     "cut_to_budget",
+    "dense_sizes",
     "find_bases",
     "first_plan",
     "fit_bases",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder, at, weights
 from slicegpt_fast.errors import InputError, is_whole
 from slicegpt_fast.slicing.cuts.narrow import channels_of
-from slicegpt_fast.slicing.options import Basis, Shortcut, Signal, SliceOptions
+from slicegpt_fast.slicing.options import Axis, Basis, Shortcut, Signal, SliceOptions
 from slicegpt_fast.slicing.trust import check_trusted
 
 
@@ -47,6 +47,15 @@ class SlicePlan:
     shortcut_rank: int | None = None
     channels: tuple[int, ...] = ()
     values: tuple[int, ...] = ()
+
+    def sizes(self, axis: Axis) -> tuple[int, ...]:
+        """Return the sizes kept along an axis: of each site, or of each decoder layer where any of it is cut."""
+        return {"stream": self.widths, "channels": self.channels, "values": self.values}[axis]
+
+    @property
+    def cuts_layers(self) -> bool:
+        """Whether anything but the residual stream is cut."""
+        return bool(self.channels or self.values)
 
     def has_shortcut(self, site: int) -> bool:
         """Whether the stream changes its basis between ``site`` and the next one."""
@@ -230,9 +239,8 @@ def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
             f"the plan has no basis, which leaves the stream at {full}, but a size of {min(plan.widths)}: the config "
             "was changed."
         )
-    limits = {"channels": [*channels_of(decoder)], "values": [decoder.heads.size] * len(decoder.layers)}
-    for name, largest in limits.items():
-        sizes = getattr(plan, name)
+    for name, largest in dense_sizes(decoder).items():
+        sizes = plan.sizes(name)
         if sizes != () and not (
             isinstance(sizes, tuple)
             and len(sizes) == len(largest)
@@ -242,6 +250,11 @@ def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
                 f"the plan (the quantization_config of a sliced model) gives {name} {sizes!r}, which does not fit "
                 f"{len(largest)} layers of up to {max(largest)}: the config was changed, or belongs to another model."
             )
+
+
+def dense_sizes(decoder: Decoder) -> dict[Axis, list[int]]:
+    """Return the size of each decoder layer of a dense model along the axes that have one per layer."""
+    return {"channels": channels_of(decoder), "values": [decoder.heads.size] * len(decoder.layers)}
 
 
 def _groups(basis: Basis, sites: int, head_is_sliced: bool) -> tuple[int, ...]:

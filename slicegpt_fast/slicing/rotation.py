@@ -41,7 +41,7 @@ def outline(dense: Decoder, bases: Bases) -> Decoder:
     check_plan(bases.plan, dense)
     sliced = empty_copy(dense.model)
     narrow_(sliced, bases.plan)
-    mark_sliced(sliced, model, SliceConfig.from_bases(bases))
+    mark_sliced(sliced, dense.model, SliceConfig.from_bases(bases))
     return Decoder(sliced)
 
 

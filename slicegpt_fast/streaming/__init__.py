@@ -54,7 +54,8 @@ def slice_checkpoint(
 ) -> Bases:
     """Slice the checkpoint in ``source`` into ``folder`` with no more than one decoder layer in memory.
 
-    The weights are those that ``save_model(slice_model(load_model(source), ...), folder)`` writes. Until they are
+    It slices the residual stream alone: cuts take gradients of the whole model, so ``target_params`` needs a ``basis``
+    here. The weights are those that ``save_model(slice_model(load_model(source), ...), folder)`` writes. Until they are
     complete they stand in a work folder beside ``folder``; the same call, after it was killed, goes on from there. To
     know that nothing has changed since, every call hashes the checkpoint's files.
 
@@ -68,7 +69,7 @@ def slice_checkpoint(
         activations: where they are kept between two layers: on the ``"device"``, in host ``"memory"``, on ``"disk"``;
             ``"auto"`` takes the first that they fit into.
         progress: say what will be needed, and show progress bars.
-        options: as for :func:`slicegpt_fast.slice_model`.
+        options: as for :func:`slicegpt_fast.slice_model`, without those of a cut.
 
     Returns:
         The bases, with their plan and spectra but without their matrices.
@@ -81,7 +82,12 @@ def slice_checkpoint(
     check_writable(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = SliceOptions(**options)
-    asked = replace(asked, round_to=asked.step(device))  # the model itself is on the meta device
+    if asked.axes:
+        raise InputError(
+            "target_params without a basis cuts by gradients, which slicing from file to file does not compute: give "
+            "basis='shared' or another, or slice in memory with slice_model."
+        )
+    asked = replace(asked, basis=asked.stream_basis, round_to=asked.step(device))  # the model is on the meta device
     checkpoint = checkpoint_folder(source)
     model = _empty_model(checkpoint, dtype)
     batches = list(checked(calibration, model.config, torch.device("cpu")))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Decoder, evaluating
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.slicing.bases import find_bases, refit_readers
+from slicegpt_fast.slicing.bases import Bases, find_bases, refit_readers
 from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.cuts.choice import Sizes, choose_sizes
 from slicegpt_fast.slicing.cuts.curve import Curve
@@ -51,11 +51,13 @@ class CutResult:
         model: the cut model.
         plan: its sizes.
         trials: the plans that met the budget, the one that was taken first.
+        bases: what its stream was sliced by; None where the stream was left alone.
     """
 
     model: PreTrainedModel
     plan: SlicePlan
     trials: tuple[Trial, ...]
+    bases: Bases | None
 
 
 def cut_to_budget(
@@ -89,8 +91,8 @@ def cut_to_budget(
     if len(contenders) > 1 and len(batches) >= HELD_OUT:
         trials = _compare(decoder, batches, options, [sizes.width for sizes in contenders], trials, progress)
     sizes = trials[0].sizes
-    made = cut_to_sizes(decoder, batches, cuts, sizes, progress=progress)
-    return CutResult(made, sizes.plan(decoder), tuple(trials))
+    made, bases = cut_to_sizes(decoder, batches, cuts, sizes, progress=progress)
+    return CutResult(made, sizes.plan(decoder), tuple(trials), bases)
 
 
 def cut_to_sizes(
@@ -100,8 +102,8 @@ def cut_to_sizes(
     sizes: Sizes,
     *,
     progress: bool = True,
-) -> PreTrainedModel:
-    """Return a copy of a dense model that keeps ``sizes``, its plan in its config.
+) -> tuple[PreTrainedModel, Bases | None]:
+    """Return a copy of a dense model that keeps ``sizes``, and the basis that its stream was sliced by, if it was.
 
     Args:
         decoder: the dense model.
@@ -111,14 +113,14 @@ def cut_to_sizes(
         progress: show progress bars.
     """
     cut = cut_model(decoder.model, cuts, sizes.channels, sizes.values)
-    plan = sizes.plan(decoder)
+    plan, bases = sizes.plan(decoder), None
     if plan.basis is not None:
         beside = replace(plan, channels=(), values=())  # what is cut already
         bases = refit_readers(cut, batches, find_bases(cut, batches, beside, progress=progress), progress=progress)
         cut = apply_bases(cut, bases, progress=progress)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     mark_sliced(cut, decoder.model, SliceConfig(tokens, **vars(plan)))
-    return cut
+    return cut, bases
 
 
 def _fit(
@@ -165,7 +167,7 @@ def _compare(
     cuts, found = _fit(decoder, fitted, options, progress)
     dense = mean_loss(decoder.model, rest)
     added = {
-        sizes.width: mean_loss(cut_to_sizes(decoder, fitted, cuts, sizes, progress=progress), rest) - dense
+        sizes.width: mean_loss(cut_to_sizes(decoder, fitted, cuts, sizes, progress=progress)[0], rest) - dense
         for sizes in found
         if sizes.width in widths
     }
