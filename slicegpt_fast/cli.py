@@ -235,6 +235,7 @@ def slice_(
         Row,
         comparison,
         describe,
+        figures,
         plan_title,
         size_notes,
         size_rows,
@@ -329,7 +330,7 @@ def slice_(
             points = {trial.name: [(trial.stored, trial.perplexity)] for trial in trials}
             plot_trade_off(points, perplexity(dense, batched(calibration[-part:])), folder / "plans.png")
 
-    save_model(sliced, out, tokenizer, also=plot)
+    save_model(sliced, out, tokenizer, also=plot, figures=figures(rows))
     console.print(comparison(plan_title(model, bases.plan), rows, notes))
     console.print(f"Saved to {out}, with its spectra in {out / 'spectra.png'}.")
 

@@ -33,6 +33,7 @@ from slicegpt_fast.slicing import apply_bases, find_bases, fit_bases, make_plan
 from slicegpt_fast.tables import (
     Row,
     comparison,
+    figures,
     plan_title,
     size_notes,
     size_rows,
@@ -186,7 +187,13 @@ def run(
     for kind, each in (("dense", dense), ("sliced", sliced)):
         console.print(f"\n{kind}: {continuation(each, tokenizer, PROMPT)}")
 
-    save_model(sliced, out, tokenizer, also=lambda folder: plot_spectra(bases, folder / "spectra.png", sites=sites))
+    save_model(
+        sliced,
+        out,
+        tokenizer,
+        also=lambda folder: plot_spectra(bases, folder / "spectra.png", sites=sites),
+        figures=figures(rows),
+    )
     reloaded = load_model(out)
     reloaded.to(device)  # type: ignore[arg-type]
     with torch.inference_mode():

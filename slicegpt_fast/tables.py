@@ -14,6 +14,7 @@ from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
 from slicegpt_fast.search import Trial
 from slicegpt_fast.slicing import SlicePlan, block_parameters, slice_config_of
+from slicegpt_fast.slicing.card import Figure
 from slicegpt_fast.slicing.layers import narrow_
 
 
@@ -42,6 +43,11 @@ def size_rows(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[Row]:
         Row("bytes", stored_bytes(dense), stored_bytes(sliced), lambda size: f"{decimal(size)}B"),
         Row("matmul FLOPs per token", flops_per_token(dense), flops_per_token(sliced), decimal),
     ]
+
+
+def figures(rows: Iterable[Row]) -> list[Figure]:
+    """The rows as the model card shows them."""
+    return [Figure(row.label, row.format(row.dense), row.format(row.sliced)) for row in rows]
 
 
 def size_notes(dense: PreTrainedModel) -> list[str]:
