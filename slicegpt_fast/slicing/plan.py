@@ -34,6 +34,8 @@ class SlicePlan:
         shortcut_rank: where aligned shortcuts are truncated; None keeps them exact.
         channels: per decoder layer, how many channels its MLP keeps; empty where none are cut.
         values: per decoder layer, the rank of its attention's values; empty where none are cut.
+        tied: the head stays the embedding table, of width D, with a map of the stream before it and one behind it:
+            E M^T and (norm(h) M'^T) E^T in place of two narrow tables.
     """
 
     basis: Basis | None
@@ -45,6 +47,7 @@ class SlicePlan:
     shortcut_rank: int | None = None
     channels: tuple[int, ...] = ()
     values: tuple[int, ...] = ()
+    tied: bool = False
 
     def has_shortcut(self, site: int) -> bool:
         """Whether the stream changes its basis between ``site`` and the next one."""
@@ -228,6 +231,11 @@ def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
         raise InputError(
             f"the plan has no basis, which leaves the stream at {full}, but a size of {min(plan.widths)}: the config "
             "was changed."
+        )
+    if plan.tied is not False and not (plan.tied is True and decoder.may_stay_tied and plan.basis is not None):
+        raise InputError(
+            f"the plan (the quantization_config of a sliced model) gives tied {plan.tied!r}, which takes a model whose "
+            "head is its embedding table, and a sliced stream: the config was changed."
         )
     limits = {"channels": [*channels_of(decoder)], "values": [decoder.heads.size] * len(decoder.layers)}
     for name, largest in limits.items():
