@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from slicegpt_fast.architectures import Branch, Decoder, Site, weights
+from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.cuts.allocation import Allocation, Cost, Cut, allocate
 from slicegpt_fast.slicing.cuts.curve import Curve, total
 from slicegpt_fast.slicing.cuts.cutting import LayerCuts
@@ -79,6 +80,11 @@ def _sizes(allocation: Allocation, names: list[str], layers: int, dense: int, un
 
 def _together(group: list[tuple[str, Cost, Curve]]) -> Cut:
     """One choice for all of a group: the sum of their curves and costs."""
+    if len(sizes := {curve.sizes[0] for _, _, curve in group}) > 1:
+        raise InputError(
+            f"the layers' {group[0][0]} differ ({' and '.join(map(str, sorted(sizes)))}), so they cannot be cut to one "
+            "size: leave uniform out."
+        )
     units = [unit for _, unit, _ in group]
     cost = Cost(sum(unit.vectors for unit in units), sum(unit.scalars for unit in units))
     return Cut(total([curve for _, _, curve in group]), cost)
