@@ -76,7 +76,16 @@ Text = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="PATH",
-        help="Text file, or folder of .txt and .md files; may be repeated.",
+        help="Text file, rows (.jsonl, .json, .csv, .parquet), or folder of .txt and .md files; may be repeated.",
+        show_default=False,
+        rich_help_panel=TEXT,
+    ),
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIELD",
+        help="What holds the text in .jsonl, .json, .csv, .parquet files. Default: text, or the only one of strings.",
         show_default=False,
         rich_help_panel=TEXT,
     ),
@@ -259,6 +268,7 @@ def slice_(
     slice_head: SliceHead = False,
     stream: Stream = None,
     text: Text = None,
+    text_field: TextField = None,
     dataset: DatasetName = None,
     split: Split = None,
     sequences: Sequences = 128,
@@ -296,7 +306,7 @@ def slice_(
         round_to=cast("RoundTo | None", _number(round_to)),
         slice_head=slice_head,
     )
-    documents = _documents(text, dataset, "calibration", split)
+    documents = _documents(text, dataset, "calibration", split, text_field)
     job = SliceJob(model, out, documents, length, sequences, seed, _dtype(dtype), _device(device))
     if _streams(stream, job, passes=2 if refit or search or "stream" in options.axes else 1):
         _slice_in_files(job, options, search=search)
@@ -319,7 +329,8 @@ class SliceJob:
 
     def windows(self, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", "Tensor"]:
         """Return the sequences to calibrate on, and those to measure on: as many as there are, 16 at most."""
-        windows = _windows(config, tokenizer, self.documents, self.length, self.sequences, self.seed)
+        wanted = self.sequences + HELD_OUT
+        windows = _windows(config, tokenizer, self.documents, self.length, self.sequences, wanted, self.seed)
         return windows[: self.sequences], windows[self.sequences : self.sequences + HELD_OUT]
 
 
@@ -438,6 +449,7 @@ def _search(
 def evaluate(
     model: Model,
     text: Text = None,
+    text_field: TextField = None,
     dataset: DatasetName = None,
     split: Split = None,
     sequences: Annotated[
@@ -451,9 +463,9 @@ def evaluate(
     from slicegpt_fast.calibration import batched
     from slicegpt_fast.evaluation import perplexity
 
-    documents = _documents(text, dataset, "evaluation", split)
+    documents = _documents(text, dataset, "evaluation", split, text_field)
     loaded, tokenizer = _load(model, dtype, device)
-    windows = _windows(loaded.config, tokenizer, documents, length, sequences or 1)[:sequences]
+    windows = _windows(loaded.config, tokenizer, documents, length, sequences or 1, sequences)
     value = perplexity(loaded, batched(windows), progress=errors.is_terminal)
     console.print(f"perplexity {value:.4f} ({len(windows)} sequences of {length} tokens, {loaded.dtype})")
 
@@ -696,17 +708,23 @@ def _load(source: str, dtype: str | None, device: str | None) -> tuple[Any, "Pre
 
 
 def _documents(
-    text: list[Path] | None, dataset: str | None, purpose: Literal["calibration", "evaluation"], split: str | None
+    text: list[Path] | None,
+    dataset: str | None,
+    purpose: Literal["calibration", "evaluation"],
+    split: str | None,
+    text_field: str | None,
 ) -> list[str]:
     from slicegpt_fast.calibration import dataset_documents, text_documents
 
     if bool(text) == bool(dataset):
         raise InputError("give either --text or --dataset.")
     if dataset:
+        if text_field:
+            raise InputError("--text-field belongs to --text: leave it out with --dataset.")
         return dataset_documents(dataset, purpose, split)
     if split:
         raise InputError("--split belongs to --dataset: leave it out with --text.")
-    return text_documents(text or [])
+    return text_documents(text or [], text_field)
 
 
 def _windows(
@@ -715,6 +733,7 @@ def _windows(
     documents: list[str],
     length: int,
     count: int,
+    limit: int | None,
     seed: int | None = None,
 ) -> "Tensor":
     from slicegpt_fast.calibration import join_documents, token_windows
@@ -722,7 +741,7 @@ def _windows(
     positions = getattr(config, "max_position_embeddings", None)
     if positions and length > positions:
         raise InputError(f"--length {length} is more than the model's {positions} positions: lower it.")
-    return token_windows(tokenizer, join_documents(documents, seed), length, count=count)
+    return token_windows(tokenizer, join_documents(documents, seed), length, count=count, limit=limit)
 
 
 def _installation() -> dict[str, str]:

@@ -355,6 +355,16 @@ class TestEval:
         output = ran("eval", model, "--dataset", "ptb", "--split", "validation", "--length", 8, "--dtype", "bfloat16")
         assert output.endswith("(3 sequences of 8 tokens, torch.bfloat16)\n")
 
+    def test_rows(self, model, texts, tmp_path):
+        rows = [{"n": str(number), "body": file.read_text()} for number, file in enumerate(sorted(texts.iterdir()))]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        value = perplexity(load_model(model), batched(windows_of(model, texts)))
+        options = ["--text", tmp_path / "rows.jsonl", "--length", LENGTH]
+        assert ran("eval", model, *options, "--text-field", "body").startswith(f"perplexity {value:.4f} ")
+        assert "(it has n, body): name the one to read (--text-field" in error_of("eval", model, *options)
+        message = "--text-field belongs to --text: leave it out with --dataset."
+        assert error_of("eval", model, "--dataset", "ptb", "--text-field", "body") == message
+
     def test_no_text(self, model):
         assert error_of("eval", model) == "give either --text or --dataset."
 

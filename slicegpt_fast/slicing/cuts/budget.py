@@ -16,16 +16,18 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder, evaluating
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.bases import Bases, find_bases, refit_readers
+from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.cuts.choice import Sizes, choose_sizes
 from slicegpt_fast.slicing.cuts.curve import Curve
 from slicegpt_fast.slicing.cuts.cutting import LayerCuts, cut_model, fit_cuts
 from slicegpt_fast.slicing.cuts.sensitivity import Sensitivity, measure_sensitivity, summed_loss
 from slicegpt_fast.slicing.cuts.stream import shared_basis, stream_curve
 from slicegpt_fast.slicing.format import SliceConfig
+from slicegpt_fast.slicing.integration import mark_sliced
 from slicegpt_fast.slicing.options import SliceOptions
 from slicegpt_fast.slicing.plan import SlicePlan, check_sliceable
 from slicegpt_fast.slicing.rotation import apply_bases
-from slicegpt_fast.slicing.walk import Batch, checked
+from slicegpt_fast.slicing.selfcheck import check_layers
 
 WIDTHS = 8  # of the stream that are tried below the full one, in steps of D / 32
 CONTENDERS = 3  # plans that are tried on held-out text, of those that may win
@@ -59,63 +61,85 @@ class CutResult:
 
 
 def cut_to_budget(
-    model: PreTrainedModel, calibration: Iterable[Batch], options: SliceOptions, *, progress: bool = True
+    model: PreTrainedModel,
+    calibration: Iterable[Batch],
+    options: SliceOptions,
+    *,
+    check: bool = True,
+    progress: bool = True,
 ) -> CutResult:
     """Return a copy of a dense model that stores what ``options`` ask for, cut wherever it costs least.
+
+    Args:
+        model: a dense causal language model; unchanged on return.
+        calibration: token batches, as for :func:`slicegpt_fast.slice_model`.
+        options: give ``target_params`` and what may be cut.
+        check: compare every decoder layer, rotated but not cut, with the dense one on a few calibration tokens first.
+        progress: show progress bars.
 
     Raises:
         InputError: the model cannot be sliced, the text is malformed or too short, or no sizes meet the budget.
     """
     decoder = Decoder(model)
     check_sliceable(decoder)
-    batches = [*checked(calibration, model.config.vocab_size, torch.device("cpu"))]
-    plans = _Plans(decoder, batches, options, progress)
-    trials = [Trial(sizes) for sizes in plans.sizes]
-    contenders = [sizes for sizes in plans.sizes if sizes.loss <= MARGIN * plans.sizes[0].loss][:CONTENDERS]
+    batches = [*checked(calibration, model.config, torch.device("cpu"))]
+    if check:
+        check_layers(model, batches)
+    cuts, found = _fit(decoder, batches, options, progress)
+    trials = [Trial(sizes) for sizes in found]
+    contenders = [sizes for sizes in found if sizes.loss <= MARGIN * found[0].loss][:CONTENDERS]
     if len(contenders) > 1 and len(batches) >= HELD_OUT:
         trials = _compare(decoder, batches, options, [sizes.width for sizes in contenders], trials, progress)
     sizes = trials[0].sizes
-    made, bases = plans.make(sizes)
-    plan = _plan(decoder, sizes, bases)
-    made.config.quantization_config = SliceConfig(plans.sensitivity.tokens, **vars(plan))
-    return CutResult(made, plan, tuple(trials), bases)
+    made, bases = cut_to_sizes(decoder, batches, cuts, sizes, progress=progress)
+    return CutResult(made, sizes.plan(decoder), tuple(trials), bases)
 
 
-class _Plans:
-    """The plans that statistics of some calibration batches give."""
+def cut_to_sizes(
+    decoder: Decoder,
+    batches: Sequence[dict[str, Tensor]],
+    cuts: Sequence[LayerCuts],
+    sizes: Sizes,
+    *,
+    progress: bool = True,
+) -> tuple[PreTrainedModel, Bases | None]:
+    """Return a copy of a dense model that keeps ``sizes``, and the basis that its stream was sliced by, if it was.
 
-    def __init__(
-        self, decoder: Decoder, batches: Sequence[dict[str, Tensor]], options: SliceOptions, progress: bool
-    ) -> None:
-        self.decoder, self.batches, self.progress = decoder, batches, progress
-        model = decoder.model
-        self.sensitivity = measure_sensitivity(model, batches, progress=progress)
-        self.cuts: list[LayerCuts] = fit_cuts(
-            decoder,
-            self.sensitivity,
-            channels=options.cut_step("channels", model.device) if "channels" in options.axes else None,
-            values=options.cut_step("values", model.device) if "values" in options.axes else None,
-            progress=progress,
-        )
-        assert options.target_params is not None
-        self.sizes = choose_sizes(
-            decoder,
-            self.cuts,
-            _stream(decoder, self.sensitivity, options),
-            options.target_params,
-            budget=options.budget,
-            uniform=options.uniform,
-        )
+    Args:
+        decoder: the dense model.
+        batches: the calibration text, of ``input_ids`` and ``attention_mask``, by which the stream is sliced.
+        cuts: what its layers' cuts were fitted to.
+        sizes: what to keep.
+        progress: show progress bars.
+    """
+    cut = cut_model(decoder.model, cuts, sizes.channels, sizes.values)
+    plan, bases = sizes.plan(decoder), None
+    if plan.basis is not None:
+        beside = replace(plan, channels=(), values=())  # what is cut already
+        bases = refit_readers(cut, batches, find_bases(cut, batches, beside, progress=progress), progress=progress)
+        cut = apply_bases(cut, bases, progress=progress)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    mark_sliced(cut, decoder.model, SliceConfig(tokens, **vars(plan)))
+    return cut, bases
 
-    def make(self, sizes: Sizes) -> tuple[PreTrainedModel, Bases | None]:
-        """Return the model of these sizes, and the basis that its stream was sliced by, if it was."""
-        cut = cut_model(self.decoder.model, self.cuts, sizes.channels, sizes.values)
-        if sizes.width == self.decoder.width:
-            return cut, None
-        plan = replace(_plan(self.decoder, sizes, None), basis="shared", channels=(), values=())
-        bases = find_bases(cut, self.batches, plan, progress=self.progress)
-        bases = refit_readers(cut, self.batches, bases, progress=self.progress)
-        return apply_bases(cut, bases, progress=self.progress), bases
+
+def _fit(
+    decoder: Decoder, batches: Sequence[dict[str, Tensor]], options: SliceOptions, progress: bool
+) -> tuple[list[LayerCuts], list[Sizes]]:
+    """The cuts that statistics of some calibration batches give, and the sizes within the budget, the best first."""
+    device = decoder.model.device
+    sensitivity = measure_sensitivity(decoder.model, batches, progress=progress)
+    cuts = fit_cuts(
+        decoder,
+        sensitivity,
+        channels=options.cut_step("channels", device) if "channels" in options.axes else None,
+        values=options.cut_step("values", device) if "values" in options.axes else None,
+        progress=progress,
+    )
+    stream = _stream(decoder, sensitivity, options)
+    assert options.target_params is not None
+    sizes = choose_sizes(decoder, cuts, stream, options.target_params, budget=options.budget, uniform=options.uniform)
+    return cuts, sizes
 
 
 def _stream(decoder: Decoder, sensitivity: Sensitivity, options: SliceOptions) -> Curve:
@@ -139,24 +163,16 @@ def _compare(
 ) -> list[Trial]:
     """Try the plans of these widths of the stream, made of a part of the text, on the rest; the best comes first."""
     held_out = len(batches) // HELD_OUT
-    plans = _Plans(decoder, batches[:-held_out], options, progress)
-    dense = mean_loss(decoder.model, batches[-held_out:])
+    fitted, rest = batches[:-held_out], batches[-held_out:]
+    cuts, found = _fit(decoder, fitted, options, progress)
+    dense = mean_loss(decoder.model, rest)
     added = {
-        sizes.width: mean_loss(plans.make(sizes)[0], batches[-held_out:]) - dense
-        for sizes in plans.sizes
+        sizes.width: mean_loss(cut_to_sizes(decoder, fitted, cuts, sizes, progress=progress)[0], rest) - dense
+        for sizes in found
         if sizes.width in widths
     }
     tried = [replace(trial, added=added.get(trial.sizes.width)) for trial in trials]
     return sorted(tried, key=lambda trial: math.inf if trial.added is None else trial.added)
-
-
-def _plan(decoder: Decoder, sizes: Sizes, bases: Bases | None) -> SlicePlan:
-    sites = len(decoder.sites)
-    basis = None if bases is None else bases.plan.basis
-    widths = (sizes.width,) * sites
-    return SlicePlan(
-        basis, "normalized", decoder.width, widths, (0,) * sites, channels=sizes.channels, values=sizes.values
-    )
 
 
 @torch.inference_mode()

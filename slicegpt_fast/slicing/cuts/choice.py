@@ -1,7 +1,12 @@
-"""Which sizes a budget buys: the curves of all layers' cuts, what their sizes store, and the best allocation."""
+"""Which sizes a budget buys: the curves of all layers' cuts, what their sizes store, and the best allocation.
+
+An allocation counts what a size stores as if all of it were proportional to the size. A few vectors are not: the biases
+that take in a value bias or a norm's, and the norms that lose their weights. What a plan stores is therefore counted on
+its outline, and a plan that exceeds the budget is made again with that much less.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -11,7 +16,9 @@ from slicegpt_fast.slicing.cuts.allocation import Allocation, Cost, Cut, allocat
 from slicegpt_fast.slicing.cuts.curve import Curve, total
 from slicegpt_fast.slicing.cuts.cutting import LayerCuts
 from slicegpt_fast.slicing.cuts.narrow import channel_readers, value_reader
-from slicegpt_fast.slicing.options import Budget
+from slicegpt_fast.slicing.layers import empty_copy, narrow_
+from slicegpt_fast.slicing.options import Basis, Budget
+from slicegpt_fast.slicing.plan import SlicePlan
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,15 @@ class Sizes:
     values: tuple[int, ...]
     stored: float
     loss: float
+
+    def plan(self, decoder: Decoder) -> SlicePlan:
+        """Return the plan that gives a dense model these sizes."""
+        sites = len(decoder.sites)
+        basis: Basis | None = None if self.width == decoder.width else "shared"
+        widths = (self.width,) * sites
+        return SlicePlan(
+            basis, "normalized", decoder.width, widths, (0,) * sites, channels=self.channels, values=self.values
+        )
 
 
 def choose_sizes(
@@ -61,29 +77,57 @@ def choose_sizes(
         for name in names
         for site, branch in _branches(decoder, name)
     ]
-    dense = round(sum(count(parameter) for layer in decoder.layers for parameter in layer.parameters()))
+    dense = _counted(decoder, count)
     movable = sum(unit.at(decoder.width) * curve.sizes[0] for _, unit, curve in cuts)
     vectors = _vectors(decoder, count) - sum(unit.vectors * curve.sizes[0] for _, unit, curve in cuts)
     fixed = Cost(vectors, dense - movable - vectors * decoder.width)
     groups = [[cut for cut in cuts if cut[0] == name] for name in names] if uniform else [[cut] for cut in cuts]
-    allocations = allocate([_together(group) for group in groups], stream, fixed, int(share * dense))
-    return [_sizes(allocation, names, len(decoder.layers), dense, uniform) for allocation in allocations]
+    choices = [_together(group) for group in groups]
+    limit = int(share * dense)
+
+    def within(allocation: Allocation) -> Sizes:
+        """The sizes of an allocation, or of those after it that meet the budget."""
+        left, point = limit, Curve((allocation.width,), (stream.loss(allocation.width),))
+        while True:
+            sizes = _sizes(allocation, names, len(decoder.layers), uniform)
+            outline = empty_copy(decoder.model)
+            narrow_(outline, sizes.plan(decoder))
+            stored = _counted(Decoder(outline), count)
+            if stored <= limit:
+                return replace(sizes, stored=stored / dense)
+            left -= stored - limit
+            (allocation,) = allocate(choices, point, fixed, left)
+
+    found = []
+    for allocation in allocate(choices, stream, fixed, limit):
+        try:
+            found.append(within(allocation))
+        except InputError as error:
+            refusal = error
+    if not found:
+        raise refusal
+    return sorted(found, key=lambda sizes: sizes.loss)
 
 
-def _sizes(allocation: Allocation, names: list[str], layers: int, dense: int, uniform: bool) -> Sizes:
+def _counted(decoder: Decoder, count: Callable[[Tensor], float]) -> int:
+    """What the decoder layers count for."""
+    return round(sum(count(parameter) for layer in decoder.layers for parameter in layer.parameters()))
+
+
+def _sizes(allocation: Allocation, names: list[str], layers: int, uniform: bool) -> Sizes:
     repeat = layers if uniform else 1
     sizes = [size for size in allocation.sizes for _ in range(repeat)]
     per_name = {name: tuple(sizes[i * layers : (i + 1) * layers]) for i, name in enumerate(names)}
-    stored = allocation.stored / dense
-    return Sizes(allocation.width, per_name.get("channels", ()), per_name.get("values", ()), stored, allocation.loss)
+    return Sizes(allocation.width, per_name.get("channels", ()), per_name.get("values", ()), 1.0, allocation.loss)
 
 
 def _together(group: list[tuple[str, Cost, Curve]]) -> Cut:
     """One choice for all of a group: the sum of their curves and costs."""
-    if len(sizes := {curve.sizes[0] for _, _, curve in group}) > 1:
+    full = sorted({curve.sizes[0] for _, _, curve in group})
+    if len(full) > 1:
         raise InputError(
-            f"the layers' {group[0][0]} differ ({' and '.join(map(str, sorted(sizes)))}), so they cannot be cut to one "
-            "size: leave uniform out."
+            f"uniform=True gives all layers one size, but theirs differ ({group[0][0]}: {', '.join(map(str, full))}): "
+            "leave it out."
         )
     units = [unit for _, unit, _ in group]
     cost = Cost(sum(unit.vectors for unit in units), sum(unit.scalars for unit in units))

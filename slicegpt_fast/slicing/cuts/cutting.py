@@ -3,7 +3,6 @@
 A cut leaves the residual stream as it is: norms, embeddings and the head stay the dense model's, and so does their tie.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from slicegpt_fast.slicing.cuts.curve import Curve, total
 from slicegpt_fast.slicing.cuts.narrow import channel_readers, narrow_layers_, value_reader
 from slicegpt_fast.slicing.cuts.sensitivity import Sensitivity, WriterStatistics
 from slicegpt_fast.slicing.cuts.values import fold_bias, principal_values, project, refit
-from slicegpt_fast.slicing.layers import copy_rest_
+from slicegpt_fast.slicing.layers import copy_rest_, empty_copy
 
 Statistics = tuple[WriterStatistics, ...]  # one for a linear writer, one per expert for stacked ones
 
@@ -154,8 +153,7 @@ def cut_model(
 ) -> PreTrainedModel:
     """Return a copy of the dense ``model`` whose decoder layers have these sizes; empty tuples leave an axis alone."""
     dense = Decoder(model)
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-    cut = copy.deepcopy(model, empty)
+    cut = empty_copy(model)
     narrow = Decoder(cut)
     narrow_layers_(narrow, channels, values)
     for site, sublayer in dense.sublayers():
