@@ -571,9 +571,10 @@ def _contenders(
 def export(
     model: Model, out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the plain checkpoint.")]
 ) -> None:
-    """Write a model sliced with --basis shared as a plain checkpoint that needs nothing of this package.
+    """Write a model as a plain checkpoint that needs nothing of this package.
 
-    Stock transformers, vLLM and llama.cpp's converter read it: see docs/export.md.
+    It must be cut with --cut channels --uniform, or sliced with --basis shared. Stock transformers, vLLM and
+    llama.cpp's converter read it: see docs/export.md.
     """
     from slicegpt_fast.checkpoint import check_writable
     from slicegpt_fast.export import export_plain
