@@ -3,9 +3,10 @@
 With S the channels that stay, the writer is re-fitted to what the dense one makes of the calibration text, in the
 metric of the statistics C and J (see ``sensitivity``) and damped towards W:
 
-    W' = argmin tr((W' - W)^T A (W' - W) J) over rows S  =  A_SS^-1 (A W)_S,      A = C + 0.1 meandiag(C) I
+    W' = argmin tr((W' - W)^T A (W' - W) J) over rows S  =  A_SS^-1 (A W)_S,      A = C + 0.3 meandiag(C) I
 
-Channels are removed by backward elimination in that problem: with H = A^-1 and V = W R, R R^T = J, taking the channels
+The damping is against fitting the calibration text too closely. Channels are removed by backward elimination in that
+problem, damped by 0.1: with H = A^-1 and V = W R, R R^T = J, taking the channels
 B costs tr(V_B^T H_BB^-1 V_B), exactly, and leaves the problem of the others with
 
     V <- V - H_:B H_BB^-1 V_B,      H <- H - H_:B H_BB^-1 H_B:
@@ -19,14 +20,16 @@ from torch import Tensor
 
 from slicegpt_fast.slicing.cuts.curve import Curve
 
-DAMPING = 0.1  # of the mean diagonal of C
+# Shares of the mean diagonal of C. Of 0.1, 0.3 and 0.6 the second repairs best on text that is neither for calibration
+# nor in any table (SmolLM2 at 0.8: perplexity 22.52, 22.42, 22.44).
+DAMPING, REPAIR_DAMPING = 0.1, 0.3
 
 
-def damped(inputs: Tensor) -> Tensor:
-    """Return A = C + 0.1 meandiag(C) I, the metric of a writer's inputs; the identity where C is zero."""
+def damped(inputs: Tensor, damping: float) -> Tensor:
+    """Return A = C + damping meandiag(C) I, the metric of a writer's inputs; the identity where C is zero."""
     mean = inputs.diagonal().mean()
-    damping = torch.where(mean > 0, DAMPING * mean, 1.0)
-    return inputs + torch.diag(damping.expand(len(inputs)))
+    ridge = torch.where(mean > 0, damping * mean, 1.0)
+    return inputs + torch.diag(ridge.expand(len(inputs)))
 
 
 def eliminate(writer: Tensor, inputs: Tensor, gradients: Tensor, *, step: int = 32) -> tuple[Tensor, Curve]:
@@ -43,7 +46,7 @@ def eliminate(writer: Tensor, inputs: Tensor, gradients: Tensor, *, step: int = 
         curve: predicted loss per token against channels kept, from F down to ``step`` (or F, where that is less).
     """
     width = len(writer)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(inputs.double())))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(inputs.double(), DAMPING)))
     costly = writer.double() @ root(gradients)
     removed = torch.zeros(width, dtype=torch.bool, device=writer.device)
     order: list[Tensor] = []
@@ -78,7 +81,7 @@ def repair(writer: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
         inputs: C [F, F].
         kept: indices [size] of the rows S.
     """
-    metric = damped(inputs.double())[kept]
+    metric = damped(inputs.double(), REPAIR_DAMPING)[kept]
     factor = torch.linalg.cholesky(metric[:, kept])
     return torch.cholesky_solve(metric @ writer.double(), factor)
 

@@ -9,7 +9,7 @@ cost are
     K_g = sum_h W_h J W_h^T = R R^T,    R^T C_g R = U diag(e) U^T,    B_g = orth(R U_:r),    1/2 sum_g sum_{i > r} e_i
 
 since B only matters through the span of C_g^(1/2) B, and the error of the re-fitted x is what lies outside. The output
-projection's rows become (B^T A B)^-1 B^T A W with B block-diagonal and A = C + 0.1 meandiag(C) I, all heads at once.
+projection's rows become (B^T A B)^-1 B^T A W with B block-diagonal and A = C + 0.3 meandiag(C) I, all heads at once.
 One rank for all heads of a layer, so that attention runs as before on shorter values.
 
 A value bias reaches the output projection unmixed, attention weights summing to one, so its product may stand in the
@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from slicegpt_fast.slicing.cuts.channels import damped, root
+from slicegpt_fast.slicing.cuts.channels import REPAIR_DAMPING, damped, root
 from slicegpt_fast.slicing.cuts.curve import Curve
 from slicegpt_fast.slicing.cuts.sensitivity import WriterStatistics
 
@@ -76,7 +76,7 @@ def refit(writer: Tensor, inputs: Tensor, bases: Tensor, rank: int) -> Tensor:
         inputs: C [query heads * head dim, query heads * head dim].
         bases, rank: as in :func:`project`.
     """
-    metric = project(damped(inputs.double()), bases, rank)
+    metric = project(damped(inputs.double(), REPAIR_DAMPING), bases, rank)
     factor = torch.linalg.cholesky(project(metric.T, bases, rank))
     return torch.cholesky_solve(metric @ writer.double(), factor)
 

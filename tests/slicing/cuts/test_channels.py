@@ -6,12 +6,12 @@ import pytest
 import torch
 from slicing.cuts.problems import error, problem, rows, second_moment
 
-from slicegpt_fast.slicing.cuts.channels import DAMPING, damped, eliminate, repair, root, survivors
+from slicegpt_fast.slicing.cuts.channels import DAMPING, REPAIR_DAMPING, damped, eliminate, repair, root, survivors
 
 
 def least_error(writer, inputs, gradients, kept) -> float:
     """The damped error with only the rows ``kept``, re-fitted, from the normal equations alone."""
-    metric = damped(inputs)
+    metric = damped(inputs, DAMPING)
     fitted = torch.zeros_like(writer)
     fitted[kept] = torch.linalg.lstsq(metric[kept][:, kept], (metric @ writer)[kept]).solution
     return error(fitted - writer, metric, gradients)
@@ -62,7 +62,7 @@ def test_a_useless_channel_goes_first():
 def test_the_repair_is_the_damped_least_squares_solution_on_raw_rows():
     writer, samples = torch.randn(12, 7, dtype=torch.float64), rows(150, 12)
     inputs, kept = second_moment(samples), torch.tensor([0, 3, 4, 8, 11])
-    ridge = (DAMPING * inputs.diagonal().mean()).sqrt() * torch.eye(12, dtype=torch.float64)
+    ridge = (REPAIR_DAMPING * inputs.diagonal().mean()).sqrt() * torch.eye(12, dtype=torch.float64)
     everything = torch.cat([samples / len(samples) ** 0.5, ridge])  # rows that pull each weight to the dense one's
     expected = torch.linalg.lstsq(everything[:, kept], everything @ writer).solution
     torch.testing.assert_close(repair(writer, inputs, kept), expected)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from slicing.cuts.problems import error, problem, rows, second_moment
 
-from slicegpt_fast.slicing.cuts.channels import damped
+from slicegpt_fast.slicing.cuts.channels import REPAIR_DAMPING, damped
 from slicegpt_fast.slicing.cuts.sensitivity import WriterStatistics
 from slicegpt_fast.slicing.cuts.values import fold_bias, principal_values, project, refit
 
@@ -64,13 +64,13 @@ def test_the_output_projection_is_refitted_by_damped_least_squares():
     writer, inputs, gradients = problem(WIDTH, OUTPUTS)
     bases, _ = principal(writer, inputs, gradients)
     block = torch.block_diag(*(basis[:, :4] for basis in bases for _ in range(SHARING)))  # [WIDTH, 6 * 4]
-    half = torch.linalg.cholesky(damped(inputs)).T
+    half = torch.linalg.cholesky(damped(inputs, REPAIR_DAMPING)).T
     expected = torch.linalg.lstsq(half @ block, half @ writer).solution
     fitted = refit(writer, inputs, bases, 4)
     torch.testing.assert_close(fitted, expected)
     worse = fitted + 0.01 * torch.randn_like(fitted)
-    assert error(block @ worse - writer, damped(inputs), gradients) > error(
-        block @ fitted - writer, damped(inputs), gradients
+    assert error(block @ worse - writer, damped(inputs, REPAIR_DAMPING), gradients) > error(
+        block @ fitted - writer, damped(inputs, REPAIR_DAMPING), gradients
     )
 
 
