@@ -6,6 +6,8 @@ const char* sgf_status_text(int status) {
       return "success";
     case SGF_UNKNOWN_CPU_ISA:
       return "SLICEGPT_FAST_CPU_ISA names no instruction set of this machine";
+    case SGF_OUT_OF_MEMORY:
+      return "there is no memory left for what the kernel keeps";
     case SGF_CUDA_BAD_ARGUMENT:
       return "a CUDA launcher does not take these sizes, this dtype or a null pointer";
     case SGF_CUDA_MISALIGNED:

@@ -22,9 +22,7 @@ dense, tokenizer = sf.load_model(options.model), sf.load_tokenizer(options.model
 calibration = sf.token_batches(tokenizer, options.text.read_text(), length=options.length, sequences=options.sequences)
 held_out = sf.token_batches(tokenizer, options.held_out.read_text(), length=options.length, sequences=None)
 
-sliced = sf.slice_model(
-    dense, calibration, target_params=options.target_params, basis="shared", signal="normalized", refit=True
-)
+sliced = sf.slice_model(dense, calibration, target_params=options.target_params)
 for name, model in {"dense": dense, "sliced": sliced}.items():
     print(f"{name}: {model.num_parameters():,} parameters, perplexity {sf.perplexity(model, held_out):.2f}")
 sf.save_model(sliced, options.out, tokenizer)

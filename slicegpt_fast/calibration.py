@@ -1,22 +1,28 @@
 """Text for calibration and evaluation: files, folders and Hugging Face datasets, cut into windows of tokens.
 
 documents (files, dataset rows) -> one text, documents joined by a blank line -> token windows [n, length]
+
+A text is tokenised a piece at a time, so memory grows with the windows that are wanted and not with the text.
 """
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slicegpt_fast.errors import InputError, reason
+from slicegpt_fast.errors import InputError, is_whole, reason
+from slicegpt_fast.text_files import text_documents, text_field
 
-TEXT_SUFFIXES = (".txt", ".md")  # what a folder is searched for; a file that is named itself may end in anything
+__all__ = ["batched", "dataset_documents", "join_documents", "text_documents", "token_batches", "token_windows"]
+
 TOKENS_PER_BATCH = 2048
+PIECE = 1 << 16  # characters of a text that are tokenised at a time
+OVERLAP = 256  # tokens at the end of a piece that the next one repeats
+AGREEING = 32  # how many of them in a row must be the same in both
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -60,35 +66,6 @@ DATASETS = {
 }
 
 
-def text_documents(paths: Iterable[str | Path]) -> list[str]:
-    """The text of each file, in the order given; a folder stands for its .txt and .md files at any depth, sorted.
-
-    Raises:
-        InputError: a path does not exist, a folder holds no text file, or a file cannot be read as UTF-8.
-    """
-    return [_read(file) for path in paths for file in _files(Path(path).expanduser())]
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise InputError(f"text {path} does not exist: give text files or folders of text files.")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
-    if not files:
-        raise InputError(f"folder {path} holds no {' or '.join(TEXT_SUFFIXES)} file: name the text files themselves.")
-    return files
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"text {file} is not UTF-8 (byte {error.start} is not): convert it to UTF-8.") from error
-    except OSError as error:
-        raise InputError(f"text {file} cannot be read ({error.strerror}): check its permissions.") from error
-
-
 def dataset_documents(name: str, purpose: Purpose, split: str | None = None) -> list[str]:
     """The rows of a Hugging Face dataset, in order.
 
@@ -127,21 +104,20 @@ def dataset_documents(name: str, purpose: Purpose, split: str | None = None) -> 
 
 def _text_column(name: str, column: str, features: Mapping[str, Any]) -> str:
     texts = [key for key, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
-    if column in texts:
-        return column
-    if len(texts) == 1:
-        return texts[0]
-    raise InputError(
-        f"dataset {name} has no column of text named {column!r} (it has {', '.join(features)}): write its text to a "
-        "file and use that."
-    )
+    found = column if column in texts else text_field(None, texts)
+    if found is None:
+        raise InputError(
+            f"dataset {name} has no column of text named {column!r} (it has {', '.join(features)}): write its text to "
+            "a file and use that."
+        )
+    return found
 
 
 def join_documents(documents: Iterable[str], seed: int | None = None) -> str:
     """One text: the documents joined by a blank line, in order, or shuffled by ``random.Random(seed).shuffle``."""
     documents = list(documents)
     if seed is not None:
-        random.Random(seed).shuffle(documents)
+        random.Random(int(seed)).shuffle(documents)  # numpy's numbers are no seeds
     return "\n\n".join(documents)
 
 
@@ -179,11 +155,15 @@ def token_batches(
             raise InputError(
                 f"document {index} of text must be a string, not {type(document).__name__}: give a list of strings."
             )
+    if seed is not None and not is_whole(seed):
+        raise InputError(f"seed must be a whole number or None, not {seed!r}.")
     count = 1 if sequences is None else sequences
-    return batched(token_windows(tokenizer, join_documents(documents, seed), length, count=count)[:sequences])
+    return batched(token_windows(tokenizer, join_documents(documents, seed), length, count=count, limit=sequences))
 
 
-def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, *, count: int = 1) -> Tensor:
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, *, count: int = 1, limit: int | None = None
+) -> Tensor:
     """Cut a text into consecutive windows of ``length`` tokens, without special tokens; a shorter rest is dropped.
 
     Args:
@@ -191,22 +171,80 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, *,
         text: the text.
         length: tokens per window.
         count: how many windows there must be at least.
+        limit: how many are wanted at most; None for all. What is behind them is not tokenised.
 
     Returns:
-        LongTensor [n, length], every window of the text: n >= count.
+        LongTensor [n, length], the first windows of the text: n >= count.
 
     Raises:
-        InputError: the length or the count is out of range, or the text is too short.
+        InputError: an argument is of the wrong type or out of range, or the text is too short.
     """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"tokenizer must be one of transformers, not {type(tokenizer).__name__}: use load_tokenizer.")
+    if not is_whole(length) or not is_whole(count):
+        raise InputError(f"the length {length!r} and the number {count!r} of windows must be whole numbers.")
     if length < 2 or count < 1:
         raise InputError(f"{count} windows of {length} tokens are no text: ask for 1 of 2 tokens at least.")
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(tokens) < count * length:
+    pieces, found = [], 0
+    for piece in _token_pieces(tokenizer, text):
+        pieces.append(torch.tensor(piece, dtype=torch.long))
+        found += len(piece)
+        if limit is not None and found >= limit * length:
+            break
+    if found < count * length:
         raise InputError(
-            f"the text has {len(tokens)} tokens, but {count * length} are needed ({count} windows of {length}): give "
+            f"the text has {found} tokens, but {count * length} are needed ({count} windows of {length}): give "
             "more text, or ask for fewer or shorter windows."
         )
-    return torch.tensor(tokens[: len(tokens) // length * length], dtype=torch.long).view(-1, length)
+    tokens = torch.cat(pieces)
+    return tokens[: found // length * length].view(-1, length)[:limit]
+
+
+def _token_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
+    """Yield the tokens of a text, a piece after the other: the same tokens as of the whole text.
+
+    A cut changes the tokens around it: a word may be split, and what a tokenizer does to the beginning of a text it
+    does to every piece. So each piece begins before the one in front of it ends, and takes over within a run of tokens
+    that are the same in both, at the same characters: neither cut reaches there. Where there is no such run, the piece
+    is made longer, up to all of the text. A tokenizer that does not tell characters gets the whole text.
+    """
+    if not tokenizer.is_fast:
+        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return
+    begin, size, first = 0, PIECE, 0  # the piece, and the first of its tokens that is not yielded yet
+    tokens = _located_tokens(tokenizer, text, begin, size)
+    while begin + size < len(text):
+        tail = tokens[max(first, len(tokens) - OVERLAP) :]
+        following = tail[0][1] if tail else begin
+        after = _located_tokens(tokenizer, text, following, PIECE) if following > begin else []
+        agreement = _agreement(tail, after[: 2 * OVERLAP])
+        if agreement is None:
+            size *= 2
+            tokens = _located_tokens(tokenizer, text, begin, size)
+            continue
+        yield [token for token, *_ in tokens[first : len(tokens) - len(tail) + agreement[0]]]
+        begin, size, first, tokens = following, PIECE, agreement[1], after
+    yield [token for token, *_ in tokens[first:]]
+
+
+Located = tuple[int, int, int]  # a token, and the characters of the text where it begins and ends
+
+
+def _located_tokens(tokenizer: PreTrainedTokenizerBase, text: str, begin: int, size: int) -> list[Located]:
+    piece = text[begin : begin + size]
+    encoded = tokenizer(piece, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [(token, begin + start, begin + end) for token, (start, end) in places]
+
+
+def _agreement(tail: list[Located], head: list[Located]) -> tuple[int, int] | None:
+    """Where, in both, the middle of the first run of equal tokens is that is long enough."""
+    for i in range(len(tail) - AGREEING + 1):
+        if tail[i] in head:
+            j = head.index(tail[i])
+            if tail[i : i + AGREEING] == head[j : j + AGREEING]:
+                return i + AGREEING // 2, j + AGREEING // 2
+    return None
 
 
 def batched(windows: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -19,6 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from slicegpt_fast import slicing  # noqa: F401  registers the sliced format with transformers
 from slicegpt_fast.errors import InputError, reason
+from slicegpt_fast.slicing.card import Figure, write_card
+from slicegpt_fast.slicing.integration import name_sliced
+
+PROCESS_DIGITS = 9  # what a process id has at most
 
 
 def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -52,8 +56,12 @@ def load_skeleton(source: str | Path) -> PreTrainedModel:
         InputError: ``source`` holds no config of a causal language model.
     """
     config = from_pretrained(AutoConfig, source, {})
+    block = vars(config).pop("quantization_config", None)
     with _loading(source), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    if block is not None:
+        model.config.quantization_config = block
+    return model
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -71,6 +79,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     also: Callable[[Path], None] = lambda path: None,
+    figures: Sequence[Figure] = (),
 ) -> None:
     """Write ``model`` (and ``tokenizer``) to a new folder, which appears complete or not at all.
 
@@ -79,6 +88,7 @@ def save_model(
         folder: does not exist yet, or is empty.
         tokenizer: saved beside the model.
         also: writes what else belongs into the folder, such as a plot; called with its path before it appears.
+        figures: what was measured of a sliced model, for the model card in the folder.
 
     Raises:
         InputError: the folder has something in it, or the disk refuses or is too small.
@@ -86,11 +96,17 @@ def save_model(
 
     def write(path: Path) -> None:
         model.save_pretrained(path)
+        write_card(path, model, figures)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
         also(path)
 
-    write_folder(folder, write, size=model.get_memory_footprint())
+    name = model.name_or_path
+    try:
+        write_folder(folder, write, size=model.get_memory_footprint())
+        name = str(Path(folder).expanduser().absolute())
+    finally:
+        name_sliced(model, name)  # not after the temporary folder that it was written to
 
 
 def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int = 0) -> None:
@@ -107,8 +123,8 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int
     folder = Path(folder).expanduser().absolute()
     check_writable(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    for left in folder.parent.glob(f".{escape(folder.name)}.partial-*"):  # by processes that were killed
-        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+    for left in folder.parent.glob(f".{escape(folder.name)}.partial-*"):
+        if _is_abandoned(left.name.rpartition("-")[2]):
             shutil.rmtree(left, ignore_errors=True)
     try:
         check_space(folder, size)
@@ -119,6 +135,13 @@ def write_folder(folder: str | Path, write: Callable[[Path], None], *, size: int
         raise InputError(f"cannot write {folder}: {error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_abandoned(process: str) -> bool:
+    """Whether a partial folder of that process was left by one that was killed: none has its id now, or this one."""
+    if not process.isdecimal() or len(process) > PROCESS_DIGITS:  # somebody else's folder
+        return False
+    return int(process) == os.getpid() or not psutil.pid_exists(int(process))
 
 
 def check_writable(folder: str | Path) -> None:

@@ -6,7 +6,7 @@ Whatever takes long to import is imported inside the commands.
 import platform
 import signal as signals
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -76,7 +76,16 @@ Text = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="PATH",
-        help="Text file, or folder of .txt and .md files; may be repeated.",
+        help="Text file, rows (.jsonl, .json, .csv, .parquet), or folder of .txt and .md files; may be repeated.",
+        show_default=False,
+        rich_help_panel=TEXT,
+    ),
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIELD",
+        help="What holds the text in .jsonl, .json, .csv, .parquet files. Default: text, or the only one of strings.",
         show_default=False,
         rich_help_panel=TEXT,
     ),
@@ -117,12 +126,30 @@ TargetParams = Annotated[
     float | None,
     typer.Option(metavar="SHARE", help="Keep this share of the decoder blocks' stored parameters, shortcuts included."),
 ]
+CutNames = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXES",
+        help="What --target-params deletes: some of stream, channels (of the MLPs) and values (of the attentions), "
+        "with commas between them; auto: all, wherever it costs least. Default: auto, unless an option below is given.",
+        show_default=False,
+    ),
+]
+BudgetName = Annotated[
+    Literal["params", "bytes", "flops"],
+    typer.Option(metavar="BUDGET", help="What --target-params counts of a cut: params, bytes or flops of the blocks."),
+]
+Uniform = Annotated[
+    bool, typer.Option("--uniform", help="Cut all layers to one size: with --cut channels, for a plain export.")
+]
 BasisName = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="BASIS",
-        help="per-norm: one at each norm, shortcuts between them, as published; shared: one for all; a number: "
-        "that many groups of norms; auto: the best of several plans, options included, within --target-params.",
+        help="Slice the stream alone. per-norm: one basis at each norm, shortcuts between them, as published (the "
+        "default with --sparsity); shared: one for all; a number: that many groups of norms; auto: the best of "
+        "several plans, options included, within --target-params.",
+        show_default=False,
     ),
 ]
 SignalName = Annotated[
@@ -215,8 +242,9 @@ def quickstart(
 @app.command(
     "slice",
     epilog=examples(
+        "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --out small",
+        "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --cut channels --uniform --out to-export",
         "slicegpt-fast slice meta-llama/Llama-2-7b-hf --dataset wikitext2 --sparsity 0.25 --out llama-sliced",
-        "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --basis shared --signal normalized --out small",
         "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --basis auto --out best",
         "slicegpt-fast slice ./large-model --dataset c4 --sparsity 0.25 --stream --out large-sliced",
     ),
@@ -227,7 +255,10 @@ def slice_(
     out: Out,
     sparsity: Sparsity = None,
     target_params: TargetParams = None,
-    basis: BasisName = "per-norm",
+    cut: CutNames = None,
+    budget: BudgetName = "params",
+    uniform: Uniform = False,
+    basis: BasisName = None,
     signal: SignalName = "raw",
     shortcut: ShortcutName = "dense",
     shortcut_rank: ShortcutRank = None,
@@ -237,6 +268,7 @@ def slice_(
     slice_head: SliceHead = False,
     stream: Stream = None,
     text: Text = None,
+    text_field: TextField = None,
     dataset: DatasetName = None,
     split: Split = None,
     sequences: Sequences = 128,
@@ -245,9 +277,10 @@ def slice_(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Slice a model to its principal components, print what that did to it, save it with a plot of its spectra.
+    """Cut a model wherever it costs least, or slice it to its principal components; print what that did, and save it.
 
-    Perplexity is measured on up to 16 sequences of the same text that follow those for calibration.
+    Plots of its sizes or spectra are saved too. Perplexity is measured on up to 16 sequences of the same text that
+    follow those for calibration.
     """
     from slicegpt_fast.checkpoint import check_writable
     from slicegpt_fast.slicing import SliceOptions
@@ -261,23 +294,24 @@ def slice_(
     options = SliceOptions(
         sparsity=sparsity,
         target_params=target_params,
-        basis="per-norm" if search else cast("Basis", int(basis) if basis.isdecimal() else basis),
+        cut=_cut(cut),
+        budget=budget,
+        uniform=uniform,
+        basis="per-norm" if search else cast("Basis | None", _number(basis)),
         signal=signal,
         shortcut=shortcut,
         shortcut_rank=shortcut_rank,
         schedule=schedule,
         refit=refit,
-        round_to=cast("RoundTo", int(round_to) if round_to and round_to.isdecimal() else round_to),
+        round_to=cast("RoundTo | None", _number(round_to)),
         slice_head=slice_head,
     )
-    documents = _documents(text, dataset, "calibration", split)
+    documents = _documents(text, dataset, "calibration", split, text_field)
     job = SliceJob(model, out, documents, length, sequences, seed, _dtype(dtype), _device(device))
-    if not _streams(stream, job, passes=2 if refit or search else 1):
-        _slice_in_memory(job, options, search=search)
-    elif search:
-        raise InputError("--basis auto compares whole models in memory: choose a basis, or give --no-stream.")
+    if _streams(stream, job, passes=2 if refit or search or "stream" in options.axes else 1):
+        _slice_in_files(job, options, search=search)
     else:
-        _slice_in_files(job, options)
+        _slice_in_memory(job, options, search=search)
 
 
 @dataclass(frozen=True)
@@ -295,7 +329,8 @@ class SliceJob:
 
     def windows(self, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", "Tensor"]:
         """Return the sequences to calibrate on, and those to measure on: as many as there are, 16 at most."""
-        windows = _windows(config, tokenizer, self.documents, self.length, self.sequences, self.seed)
+        wanted = self.sequences + HELD_OUT
+        windows = _windows(config, tokenizer, self.documents, self.length, self.sequences, wanted, self.seed)
         return windows[: self.sequences], windows[self.sequences : self.sequences + HELD_OUT]
 
 
@@ -330,7 +365,7 @@ def _streams(stream: bool | None, job: SliceJob, *, passes: int) -> bool:
     return True
 
 
-def _slice_in_files(job: SliceJob, options: "SliceOptions") -> None:
+def _slice_in_files(job: SliceJob, options: "SliceOptions", *, search: bool) -> None:
     from transformers import AutoConfig
 
     from slicegpt_fast.calibration import batched
@@ -339,6 +374,13 @@ def _slice_in_files(job: SliceJob, options: "SliceOptions") -> None:
     from slicegpt_fast.plots import plot_spectra
     from slicegpt_fast.streaming import slice_checkpoint
 
+    if search:
+        raise InputError("--basis auto compares whole models in memory: choose a basis, or give --no-stream.")
+    if options.axes:
+        raise InputError(
+            "--target-params without --basis cuts by gradients, which slicing from file to file does not compute: "
+            "choose a plan with --basis, or give --no-stream."
+        )
     tokenizer = load_tokenizer(job.model)
     calibration, _ = job.windows(from_pretrained(AutoConfig, job.model, {}), tokenizer)
     bases = slice_checkpoint(
@@ -361,15 +403,17 @@ def _slice_in_memory(job: SliceJob, options: "SliceOptions", *, search: bool) ->
     progress = errors.is_terminal
     dense, tokenizer = workflow.load(job.model, dtype=job.dtype, device=job.device)
     calibration, held_out = job.windows(dense.config, tokenizer)
-    plot: Callable[[Path], None] = lambda folder: None  # noqa: E731
+    plots: dict[str, Callable[[Path], object]] = {}
     if search:
-        options, plot = _search(dense, calibration, options)
-    bases, sliced = workflow.slice_windows(dense, calibration, options, progress=progress)
+        options, plots["plans.png"] = _search(dense, calibration, options)
+    sliced = workflow.slice_windows(dense, calibration, options, progress=progress)
     note = f"Perplexity: the next {len(held_out)} sequences of {job.length} tokens of the text."
     if not len(held_out):
         note = "Perplexity: not measured, calibration took all of the text."
-    table = workflow.compare(job.model, dense, sliced, bases.plan, held_out, note=note, progress=progress)
-    saved = workflow.save(sliced, tokenizer, bases, job.out, also=plot)
+    table = workflow.compare(job.model, dense, sliced, {"perplexity": held_out}, note=note, progress=progress)
+    saved = workflow.save(replace(sliced, files={**sliced.files, **plots}), tokenizer, job.out)
+    if sliced.tried is not None:
+        console.print(sliced.tried)
     console.print(table)
     console.print(saved)
 
@@ -377,7 +421,7 @@ def _slice_in_memory(job: SliceJob, options: "SliceOptions", *, search: bool) ->
 def _search(
     dense: "PreTrainedModel", calibration: "Tensor", options: "SliceOptions"
 ) -> tuple["SliceOptions", Callable[[Path], None]]:
-    """Try the plans within the budget of ``options``; return those of the best, and what draws all into a folder."""
+    """Try the plans within the budget of ``options``; return those of the best, and what draws all into a file."""
     from slicegpt_fast.calibration import batched
     from slicegpt_fast.evaluation import perplexity
     from slicegpt_fast.plots import plot_trade_off
@@ -393,7 +437,7 @@ def _search(
     console.print(trial_table(trials, caption))
     points = {trial.name: [(trial.stored, trial.perplexity)] for trial in trials}
     level = perplexity(dense, held_out)
-    return trials[0].options, lambda folder: plot_trade_off(points, level, folder / "plans.png")
+    return trials[0].options, lambda path: plot_trade_off(points, level, path)
 
 
 @app.command(
@@ -405,6 +449,7 @@ def _search(
 def evaluate(
     model: Model,
     text: Text = None,
+    text_field: TextField = None,
     dataset: DatasetName = None,
     split: Split = None,
     sequences: Annotated[
@@ -418,9 +463,9 @@ def evaluate(
     from slicegpt_fast.calibration import batched
     from slicegpt_fast.evaluation import perplexity
 
-    documents = _documents(text, dataset, "evaluation", split)
+    documents = _documents(text, dataset, "evaluation", split, text_field)
     loaded, tokenizer = _load(model, dtype, device)
-    windows = _windows(loaded.config, tokenizer, documents, length, sequences or 1)[:sequences]
+    windows = _windows(loaded.config, tokenizer, documents, length, sequences or 1, sequences)
     value = perplexity(loaded, batched(windows), progress=errors.is_terminal)
     console.print(f"perplexity {value:.4f} ({len(windows)} sequences of {length} tokens, {loaded.dtype})")
 
@@ -625,6 +670,16 @@ def _facts(facts: dict[str, str]) -> Table:
     return table
 
 
+def _cut(names: str | None) -> Any:
+    """The axes in a list with commas; what is no axis, SliceOptions refuses."""
+    return names if names in (None, "auto") else tuple(names.split(","))
+
+
+def _number(text: str | None) -> str | int | None:
+    """A whole number, where an option may be one."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
 def _device(name: str | None) -> str:
     """The device asked for, if it is there; by default the best one."""
     import torch
@@ -652,17 +707,23 @@ def _load(source: str, dtype: str | None, device: str | None) -> tuple[Any, "Pre
 
 
 def _documents(
-    text: list[Path] | None, dataset: str | None, purpose: Literal["calibration", "evaluation"], split: str | None
+    text: list[Path] | None,
+    dataset: str | None,
+    purpose: Literal["calibration", "evaluation"],
+    split: str | None,
+    text_field: str | None,
 ) -> list[str]:
     from slicegpt_fast.calibration import dataset_documents, text_documents
 
     if bool(text) == bool(dataset):
         raise InputError("give either --text or --dataset.")
     if dataset:
+        if text_field:
+            raise InputError("--text-field belongs to --text: leave it out with --dataset.")
         return dataset_documents(dataset, purpose, split)
     if split:
         raise InputError("--split belongs to --dataset: leave it out with --text.")
-    return text_documents(text or [])
+    return text_documents(text or [], text_field)
 
 
 def _windows(
@@ -671,6 +732,7 @@ def _windows(
     documents: list[str],
     length: int,
     count: int,
+    limit: int | None,
     seed: int | None = None,
 ) -> "Tensor":
     from slicegpt_fast.calibration import join_documents, token_windows
@@ -678,7 +740,7 @@ def _windows(
     positions = getattr(config, "max_position_embeddings", None)
     if positions and length > positions:
         raise InputError(f"--length {length} is more than the model's {positions} positions: lower it.")
-    return token_windows(tokenizer, join_documents(documents, seed), length, count=count)
+    return token_windows(tokenizer, join_documents(documents, seed), length, count=count, limit=limit)
 
 
 def _installation() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The one exception that stands for bad input, and what it quotes of others."""
 
-from typing import get_args
+from numbers import Integral
+from typing import TypeGuard, get_args
 
 
 class InputError(ValueError):
@@ -20,3 +21,8 @@ def check_choice(name: str, value: str, choices: object) -> None:
     """Raise InputError unless ``value`` is one of a Literal's ``choices``."""
     if value not in get_args(choices):
         raise InputError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, not {value!r}.")
+
+
+def is_whole(number: object) -> TypeGuard[int]:
+    """Return whether a number is an integer, of Python or of numpy; true and false are not."""
+    return isinstance(number, Integral) and not isinstance(number, bool)

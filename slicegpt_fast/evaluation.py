@@ -1,6 +1,6 @@
 """What a model is worth and what it costs: perplexity, stored parameters, bytes, FLOPs per token."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,35 +10,40 @@ from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import evaluating
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.slicing.batches import Batch, check_iterable, checked
 
 ROWS_PER_STEP = 256  # bounds the fp32 copy of the logits: 50 MB at a vocabulary of 49152
 
 
 @torch.inference_mode()
-def perplexity(
-    model: PreTrainedModel, batches: Iterable[Tensor | Mapping[str, Tensor]], *, progress: bool = False
-) -> float:
-    """exp of the mean negative log-likelihood over every token that has a predecessor in its sequence.
+def perplexity(model: PreTrainedModel, batches: Iterable[Batch], *, progress: bool = False) -> float:
+    """Return exp of the mean negative log-likelihood over every token that has a predecessor in its sequence.
 
     The log-softmax is taken in fp32 and summed in fp64, whatever the model's dtype. Padded positions are neither scored
     nor predicted from. Pad on the right: the positions of padding on the left count in most models.
 
     Args:
         model: a causal language model; its training mode is left as it was.
-        batches: token ids [B, T], or mappings with ``input_ids`` and ``attention_mask``, both [B, T].
+        batches: as for :func:`slicegpt_fast.slice_model`: token ids [B, T], or mappings with ``input_ids`` and
+            ``attention_mask``, both [B, T].
         progress: show a progress bar.
 
     Raises:
-        InputError: there is no token to score.
+        InputError: no causal language model, a malformed batch, or no token to score.
     """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise InputError(f"model must be a transformers causal language model, not {type(model).__name__}.")
+    check_iterable(batches, "batches")
     total, scored = 0.0, 0
     with evaluating(model):
-        for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress):
-            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            tokens = inputs["input_ids"]
-            mask = inputs.get("attention_mask", torch.ones_like(tokens)).bool()
+        bar = tqdm(batches, desc="perplexity", unit="batch", disable=not progress)
+        for inputs in checked(bar, model.config, model.device, "batches"):
+            tokens, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+            given = {"input_ids": tokens} if mask.all() else inputs
+            output = model(**given, use_cache=False)
+            if "logits" not in output:
+                raise InputError(f"{type(model).__name__} has no logits: load the model with AutoModelForCausalLM.")
+            logits = output.logits[:, :-1]
             keep = mask[:, 1:] & mask[:, :-1]
             targets = tokens[:, 1:].masked_fill(~keep, -100)
             total += _negative_log_likelihood(logits, targets)

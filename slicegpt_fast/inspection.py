@@ -3,9 +3,9 @@
 from slicegpt_fast.checkpoint import load_skeleton
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import stored_parameters
-from slicegpt_fast.slicing import block_parameters, slice_config_of
+from slicegpt_fast.slicing import SlicePlan, block_parameters, slice_config_of
 from slicegpt_fast.slicing.layers import narrow_
-from slicegpt_fast.tables import decimal, kept_directions
+from slicegpt_fast.tables import decimal, kept_directions, kept_sizes
 
 
 def describe(source: str) -> dict[str, str]:
@@ -26,14 +26,12 @@ def describe(source: str) -> dict[str, str]:
         return {**facts, "sliced": f"no, and it cannot be: {error}"}
     if slice_config := slice_config_of(config):
         plan = slice_config.plan()
+        facts |= {"sliced": _basis(plan), "calibrated on": f"{slice_config.calibration_tokens} tokens"}
+        if plan.cuts_layers:
+            facts["sizes kept"] = kept_sizes(model, plan)
+        else:
+            facts["directions kept"] = f"{kept_directions(plan)}, {plan.widths[-1]} at the head"
         narrow_(model, plan)
-        shortcuts = f"{plan.shortcut} shortcuts" if len(set(plan.groups)) > 1 else "no shortcuts"
-        rank = "" if plan.shortcut_rank is None else f" of rank {plan.shortcut_rank} at most"
-        facts |= {
-            "sliced": f"{plan.basis} basis, {plan.signal} signal, {shortcuts}{rank}",
-            "calibrated on": f"{slice_config.calibration_tokens} tokens",
-            "directions kept": f"{kept_directions(plan)}, {plan.widths[-1]} at the head",
-        }
     else:
         facts["sliced"] = "no, but it can be"
     blocks = block_parameters(model)
@@ -42,3 +40,12 @@ def describe(source: str) -> dict[str, str]:
         "stored parameters": decimal(stored_parameters(model)),
         "  in decoder blocks": f"{decimal(blocks)} ({blocks / dense_blocks:.3f} of the dense model's)",
     }
+
+
+def _basis(plan: SlicePlan) -> str:
+    """How the residual stream was sliced, if it was."""
+    if plan.basis is None:
+        return "in its layers; the residual stream is the dense model's"
+    shortcuts = f"{plan.shortcut} shortcuts" if len(set(plan.groups)) > 1 else "no shortcuts"
+    rank = "" if plan.shortcut_rank is None else f" of rank {plan.shortcut_rank} at most"
+    return f"{plan.basis} basis, {plan.signal} signal, {shortcuts}{rank}"

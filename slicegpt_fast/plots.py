@@ -1,13 +1,13 @@
 """What a slice did and how fast it runs, as figures: PNG files drawn with matplotlib."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from slicegpt_fast.benchmark import Speeds
-from slicegpt_fast.slicing import Bases
+from slicegpt_fast.slicing import Bases, SlicePlan
+from slicegpt_fast.slicing.options import Axis
 from slicegpt_fast.tables import kept_directions
 
 FLOOR = 1e-12  # a share of the variance below this is rounding
@@ -41,13 +41,12 @@ def plot_speeds(title: str, speeds: Speeds, path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_spectra(bases: Bases, path: Path, *, sites: Tensor | None = None) -> None:
+def plot_spectra(bases: Bases, path: Path) -> None:
     """Draw the spectra that were cut as a PNG: the variance of each direction, and what the leading ones explain.
 
     Args:
         bases: from ``find_bases``; their spectra are drawn, the cut at the plan's width is marked.
         path: the file to write.
-        sites: [S, D] descending eigenvalues at every norm site, to be drawn beside the spectrum of a shared basis.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -56,16 +55,14 @@ def plot_spectra(bases: Bases, path: Path, *, sites: Tensor | None = None) -> No
 
     figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
     variance, explained = figure.subplots(1, 2)
-    coloured = bases.spectra if sites is None else sites
-    depth = ScalarMappable(Normalize(0, max(len(coloured) - 1, 1)), "viridis")
-    colours = depth.to_rgba(np.arange(len(coloured)))
-    curves = [(spectrum, dict(color=colour, lw=0.8)) for spectrum, colour in zip(coloured, colours, strict=True)]
-    if sites is not None:
-        curves += [(spectrum, dict(color="black", lw=2, label="the shared basis")) for spectrum in bases.spectra]
+    number = len(bases.spectra)
+    depth = ScalarMappable(Normalize(0, max(number - 1, 1)), "viridis")
+    colours = depth.to_rgba(np.arange(number))
 
     plan, full = bases.plan, bases.plan.full_width
     low, high = min(plan.widths[:-1]), max(plan.widths[:-1])
-    for spectrum, style in curves:
+    for spectrum, colour in zip(bases.spectra, colours, strict=True):
+        style = dict(color=colour, lw=0.8)
         share = spectrum.double().cpu() / spectrum.double().sum().item()
         variance.semilogy(range(1, full + 1), share.clamp(min=FLOOR), **style)
         explained.semilogy(range(1, full), (1 - share.cumsum(0))[:-1].clamp(min=FLOOR), **style)  # the last leaves 0
@@ -82,9 +79,35 @@ def plot_spectra(bases: Bases, path: Path, *, sites: Tensor | None = None) -> No
     explained.invert_yaxis()  # drawn as what is left over, so that the nines are far apart
     explained.yaxis.set_major_locator(LogLocator())
     explained.yaxis.set_major_formatter(FuncFormatter(lambda left, _: f"{100 * (1 - left):.8g} %"))
-    if len(coloured) > 1:
+    if number > 1:
         figure.colorbar(depth, ax=explained, label="norm sites, from the embedding to the head")
     figure.suptitle(f"Covariance of the residual stream at the norms ({plan.basis} basis, {plan.signal} signal)")
+    figure.savefig(path)
+
+
+def plot_sizes(plan: SlicePlan, full: Mapping[Axis, Sequence[int]], path: Path) -> None:
+    """Draw what a cut kept in every decoder layer as a PNG: a bar per layer, the dense model's size as a line above.
+
+    Args:
+        plan: of the cut.
+        full: the dense model's sizes, from ``dense_sizes``.
+        path: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    shown = {axis: plan.sizes(axis) for axis in full if plan.sizes(axis)}
+    figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
+    labels = {"channels": "channels of the MLP", "values": "rank of the attention's values"}
+    for axes, (axis, sizes) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        layers = np.arange(len(sizes))
+        axes.bar(layers, sizes, 0.8, label="kept")
+        axes.hlines(full[axis], layers - 0.5, layers + 0.5, color="black", lw=1.5, label="dense")
+        axes.set_xlabel("decoder layer")
+        axes.set_ylabel(labels[axis])
+        axes.grid(alpha=0.3, lw=0.5, axis="y")
+        axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle(f"Sizes of the decoder layers; {kept_directions(plan)} directions of the residual stream")
     figure.savefig(path)
 
 

@@ -8,8 +8,10 @@ import copy
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,18 +27,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slicegpt_fast import workflow
 from slicegpt_fast.benchmark import benchmark
-from slicegpt_fast.calibration import batched, join_documents, text_documents, token_windows
+from slicegpt_fast.calibration import join_documents, text_documents, token_windows
 from slicegpt_fast.checkpoint import check_writable, load_model, load_tokenizer, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.patching import patch_model
-from slicegpt_fast.slicing import SliceOptions, find_bases, make_plan
+from slicegpt_fast.slicing import SliceOptions
 from slicegpt_fast.tables import speed_notes, speed_table
 
 LENGTH = 512
 CALIBRATION = 24  # windows, the first of the text
 FIRST_HELD_OUT = 64
 HELD_OUT = 12  # windows
-SITES = 8  # windows for the spectra of the single sites, which are for the plot alone
+CODE = 4  # windows
+MODULES = ("argparse", "ast", "configparser", "dataclasses")  # whose source is the text that is code
 CHARACTERS = 1_200_000  # of the text that are read
 PROMPT = "The history of astronomy begins with"
 NEW_TOKENS = 40
@@ -124,6 +127,11 @@ def wikipedia_leads() -> list[str]:
     return [article["extract"] for article in json.loads(file.read_text("utf-8")).values()]
 
 
+def python_source() -> list[str]:
+    """The source of a few modules of the standard library: text of another sort than any that is calibrated on."""
+    return text_documents([Path(sysconfig.get_path("stdlib"), f"{name}.py") for name in MODULES])
+
+
 def run(
     model: str | None,
     text: Sequence[Path],
@@ -133,7 +141,7 @@ def run(
     progress: bool,
     console: Console,
 ) -> None:
-    """Slice a model with the shared basis, print what that did to it, and save it with a plot of its spectra.
+    """Cut a model wherever it costs least, print what that did to it, and save it with a plot of its sizes.
 
     Args:
         model: hub id, folder or GGUF file; SmolLM2-135M-Instruct if None.
@@ -155,23 +163,27 @@ def run(
         tokenizer, join_documents(documents, seed=0)[:CHARACTERS], LENGTH, count=FIRST_HELD_OUT + HELD_OUT
     )
     calibration, held_out = windows[:CALIBRATION], windows[FIRST_HELD_OUT : FIRST_HELD_OUT + HELD_OUT]
+    code = token_windows(tokenizer, "\n\n".join(python_source()), LENGTH, count=CODE)[:CODE]
 
-    options = SliceOptions(target_params=target_params, basis="shared", signal="normalized", refit=True)
-    bases, sliced = workflow.slice_windows(dense, calibration, options, progress=progress)
-    uncut = make_plan(dense, SliceOptions(sparsity=0, signal="normalized"))
-    sites = find_bases(dense, batched(calibration[:SITES]), uncut, progress=progress).spectra
-    note = f"Perplexity: {HELD_OUT} windows of {LENGTH} tokens that calibration did not see."
-    console.print(workflow.compare(name, dense, sliced, bases.plan, held_out, note=note, progress=progress))
+    options = SliceOptions(target_params=target_params)
+    sliced = workflow.slice_windows(dense, calibration, options, progress=progress)
+    note = (
+        f"Perplexity: {HELD_OUT} windows of {LENGTH} tokens that calibration did not see, and {CODE} of source of "
+        f"Python {platform.python_version()}'s standard library: calibration text flatters text of its own sort."
+    )
+    texts = {"perplexity": held_out, "perplexity on code": code}
+    console.print(sliced.tried)
+    console.print(workflow.compare(name, dense, sliced, texts, note=note, progress=progress))
 
-    models = {"dense": dense, "sliced": sliced, "patched": patch_model(copy.deepcopy(sliced))}
+    models = {"dense": dense, "sliced": sliced.model, "patched": patch_model(copy.deepcopy(sliced.model))}
     speeds = benchmark(models, held_out[:1], progress=progress)
     console.print()
     console.print(speed_table("Speed; patched: sliced, and run on the fused kernels", speeds, speed_notes(speeds)))
     for label in ("dense", "sliced"):
         console.print(f"\n{label}: {continuation(models[label], tokenizer, PROMPT)}")
 
-    console.print("\n" + workflow.save(sliced, tokenizer, bases, out, sites=sites))
-    same = reloads(sliced, out, held_out[:1])
+    console.print("\n" + workflow.save(sliced, tokenizer, out))
+    same = reloads(sliced.model, out, held_out[:1])
     console.print(f"Reloaded from there: logits {'equal bit for bit' if same else 'DIFFER'}.")
 
 

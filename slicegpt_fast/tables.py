@@ -1,6 +1,6 @@
 """What a slice did and how fast it runs, as tables for people."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from rich.console import Group
@@ -8,10 +8,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
+from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.benchmark import Speeds
 from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
 from slicegpt_fast.search import Trial
-from slicegpt_fast.slicing import SlicePlan, block_parameters
+from slicegpt_fast.slicing import CutResult, SlicePlan, block_parameters, dense_sizes
 
 
 class Measure(NamedTuple):
@@ -41,22 +42,36 @@ def size_measures(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[Measu
     ]
 
 
-def size_notes(dense: PreTrainedModel) -> list[str]:
+def size_notes(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[str]:
     """What has to be said beside :func:`size_measures`."""
     notes = ["FLOPs: 2 for each weight of each matrix, head included; attention scores excluded."]
-    if dense.config.tie_word_embeddings:
+    if dense.config.tie_word_embeddings and not sliced.config.tie_word_embeddings:
         notes.insert(0, "Stored: the dense model's head is its embedding table; slicing makes two tables of them.")
     return notes
 
 
 def kept_directions(plan: SlicePlan) -> str:
     """The kept sizes of the norms in the decoder layers, as "512 of 576" or "480 to 560 of 576"."""
-    low, high = min(plan.widths[:-1]), max(plan.widths[:-1])
-    return f"{low} of {plan.full_width}" if low == high else f"{low} to {high} of {plan.full_width}"
+    return f"{span(plan.widths[:-1])} of {plan.full_width}"
 
 
-def plan_title(name: str, plan: SlicePlan) -> str:
+def kept_sizes(dense: PreTrainedModel, plan: SlicePlan) -> str:
+    """What a cut kept, as "channels 512 to 1536 of 1536, values 24 to 64 of 64, stream 576 of 576"."""
+    full = dense_sizes(Decoder(dense))
+    cut = [f"{axis} {span(plan.sizes(axis))} of {span(full[axis])}" for axis in full if plan.sizes(axis)]
+    return ", ".join([*cut, f"stream {kept_directions(plan)}"])
+
+
+def span(sizes: Sequence[int]) -> str:
+    """One size for all, as "512", or the range of several, as "480 to 560"."""
+    low, high = min(sizes), max(sizes)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def plan_title(name: str, dense: PreTrainedModel, plan: SlicePlan) -> str:
     """What stands above the results of a slice."""
+    if plan.cuts_layers:
+        return f"{name}, {kept_sizes(dense, plan)}"
     return f"{name}, {plan.basis} basis, {plan.signal} signal, {kept_directions(plan)} directions kept"
 
 
@@ -79,6 +94,24 @@ def trial_table(trials: Iterable[Trial], caption: str) -> Table:
         table.add_column(name, justify="right")
     for trial in trials:
         table.add_row(trial.name, str(trial.width), f"{trial.stored:.3f}", f"{trial.perplexity:.2f}")
+    return table
+
+
+def cut_table(result: CutResult) -> Table:
+    """The plans that a cut compared, the one that was taken first."""
+    table = Table(
+        title="Plans within the budget, the first one taken",
+        title_justify="left",
+        title_style="bold",
+        caption="added loss: nats per token; measured, of the best few, on calibration text held out for it",
+    )
+    for name in ("stream", "channels", "values", "stored", "added loss,\npredicted", "\nmeasured"):
+        table.add_column(name, justify="right")
+    for trial in result.trials:
+        sizes = trial.sizes
+        cut = (span(each) if each else "as before" for each in (sizes.channels, sizes.values))
+        added = "" if trial.added is None else f"{trial.added:.3f}"
+        table.add_row(str(sizes.width), *cut, f"{sizes.stored:.3f}", f"{sizes.loss:.3f}", added)
     return table
 
 

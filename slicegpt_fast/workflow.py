@@ -1,20 +1,50 @@
 """From the name of a model to a sliced one in a folder: the steps that ``slice`` and ``quickstart`` share."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Group
+from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.calibration import batched
 from slicegpt_fast.checkpoint import load_model, load_tokenizer, save_model
 from slicegpt_fast.evaluation import perplexity
-from slicegpt_fast.plots import plot_spectra
-from slicegpt_fast.slicing import Bases, SliceOptions, SlicePlan, apply_bases, fit_bases
-from slicegpt_fast.tables import Measure, comparison, plan_title, size_measures, size_notes
+from slicegpt_fast.plots import plot_sizes, plot_spectra
+from slicegpt_fast.slicing import (
+    CutResult,
+    SliceOptions,
+    SlicePlan,
+    apply_bases,
+    cut_to_budget,
+    dense_sizes,
+    fit_bases,
+)
+from slicegpt_fast.tables import Measure, comparison, cut_table, plan_title, size_measures, size_notes
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """What became of a dense model, and what there is to show of it.
+
+    Attributes:
+        model: the sliced model.
+        plan: by which.
+        files: what is saved beside it: the name of each file, and what writes it.
+        tried: the plans that were compared, if any were.
+    """
+
+    model: PreTrainedModel
+    plan: SlicePlan
+    files: Mapping[str, Callable[[Path], object]]
+    tried: Table | None = None
 
 
 def load(
@@ -26,65 +56,62 @@ def load(
     return model.to(device), tokenizer
 
 
-def slice_windows(
-    dense: PreTrainedModel, calibration: Tensor, options: SliceOptions, *, progress: bool
-) -> tuple[Bases, PreTrainedModel]:
-    """Return the bases fitted to windows of tokens [n, length], and the sliced model."""
+def slice_windows(dense: PreTrainedModel, calibration: Tensor, options: SliceOptions, *, progress: bool) -> Sliced:
+    """Return what slicing makes of ``dense`` by windows of tokens [n, length]."""
+    if options.axes:
+        result = cut_to_budget(dense, batched(calibration), options, progress=progress)
+        return Sliced(result.model, result.plan, _files_of_cut(dense, result), cut_table(result))
     bases = fit_bases(dense, batched(calibration), options, progress=progress)
-    return bases, apply_bases(dense, bases, progress=progress)
+    sliced = apply_bases(dense, bases, progress=progress)
+    return Sliced(sliced, bases.plan, {"spectra.png": partial(plot_spectra, bases)})
+
+
+def _files_of_cut(dense: PreTrainedModel, result: CutResult) -> dict[str, Callable[[Path], object]]:
+    """The sizes of the layers where these are cut, the spectrum of the stream where it is, and all that was tried."""
+    files: dict[str, Callable[[Path], object]] = {}
+    if result.plan.cuts_layers:
+        files["sizes.png"] = partial(plot_sizes, result.plan, dense_sizes(Decoder(dense)))
+    if result.bases is not None:
+        files["spectra.png"] = partial(plot_spectra, result.bases)
+    trials = json.dumps([asdict(trial) for trial in result.trials], indent=1)
+    return {**files, "plan.json": lambda path: path.write_text(trials)}
 
 
 def compare(
     name: str,
     dense: PreTrainedModel,
-    sliced: PreTrainedModel,
-    plan: SlicePlan,
-    held_out: Tensor,
+    sliced: Sliced,
+    held_out: Mapping[str, Tensor],
     *,
     note: str,
     progress: bool,
 ) -> Group:
-    """Measure the size of both models, and their perplexity if there are windows for it; return the table.
+    """Measure the size of both models, and their perplexity on each text; return the table.
 
     Args:
         name: the model's, for the title.
         dense: the model.
         sliced: what it became.
-        plan: by which.
-        held_out: windows of tokens [n, length]; n may be 0.
+        held_out: windows of tokens [n, length] of each text, by what the table calls perplexity on it; n may be 0.
         note: what is said of the perplexity, below the table.
         progress: show progress bars.
     """
-    measures = size_measures(dense, sliced)
-    if len(held_out):
-        before, after = (perplexity(each, batched(held_out), progress=progress) for each in (dense, sliced))
-        measures.append(Measure("perplexity", before, after, "{:.2f}".format))
-    return comparison(plan_title(name, plan), measures, [*size_notes(dense), note])
+    measures = size_measures(dense, sliced.model)
+    for label, windows in held_out.items():
+        if len(windows):
+            before, after = (perplexity(each, batched(windows), progress=progress) for each in (dense, sliced.model))
+            measures.append(Measure(label, before, after, "{:.2f}".format))
+    notes = [*size_notes(dense, sliced.model), note]
+    return comparison(plan_title(name, dense, sliced.plan), measures, notes)
 
 
-def save(
-    sliced: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    bases: Bases,
-    folder: Path,
-    *,
-    sites: Tensor | None = None,
-    also: Callable[[Path], None] = lambda folder: None,
-) -> str:
-    """Save a sliced model with a plot of its spectra; return the line that says so.
+def save(sliced: Sliced, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+    """Save a sliced model with its files in ``folder``, absent or empty; return the line that says so."""
 
-    Args:
-        sliced: the model.
-        tokenizer: saved beside it.
-        bases: what it was sliced with.
-        folder: does not exist yet, or is empty.
-        sites: as for :func:`slicegpt_fast.plots.plot_spectra`.
-        also: writes what else belongs into the folder.
-    """
+    def write(path: Path) -> None:
+        for name, write_file in sliced.files.items():
+            write_file(path / name)
 
-    def plot(path: Path) -> None:
-        plot_spectra(bases, path / "spectra.png", sites=sites)
-        also(path)
-
-    save_model(sliced, folder, tokenizer, also=plot)
-    return f"Saved to {folder}, with its spectra in {folder / 'spectra.png'}."
+    save_model(sliced.model, folder, tokenizer, also=write)
+    listed = " and ".join(f"its {Path(name).stem} in {folder / name}" for name in sliced.files)
+    return f"Saved to {folder}, with {listed}."

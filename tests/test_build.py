@@ -54,6 +54,15 @@ class TestExtension:
         assert bool(info.cuda_archs) == bool(info.cuda_compiler) == hasattr(_C, "cuda_probe")
         assert all(re.fullmatch(r"\d+[af]?", arch) for arch in info.cuda_archs)
 
+    @pytest.mark.parametrize(
+        ("operand", "error"),
+        [(256, AttributeError), (torch.ones(2, 1, 4), TypeError), (torch.ones(()), TypeError), ("1", AttributeError)],
+    )
+    def test_operands_are_matrices_and_vectors(self, operand, error):
+        square = torch.eye(4)
+        with pytest.raises(error):
+            _C.norm_linear(operand, square, None, None, None, square, 0, 1e-5, 4.0, 0, 0, 1)
+
     def test_shares_no_library_with_torch_and_exports_no_cuda(self):
         assert not re.search(r"NEEDED.*(cuda|cudart|torch|c10|python)", output("readelf", "-dW", _C.__file__))
         assert not re.search(r" cu(da)?[A-Z]\w*", output("readelf", "--dyn-syms", "-W", _C.__file__))
@@ -76,7 +85,7 @@ class TestExtension:
     @pytest.mark.skipif(not native.build_info().cuda_compiler, reason="built without CUDA")
     def test_probe_runs_code_for_this_gpu(self):
         out = torch.zeros(2, dtype=torch.int32, device="cuda")
-        _C.cuda_probe(out.data_ptr(), 96, torch.cuda.current_stream().cuda_stream)
+        _C.cuda_probe(out, 96, torch.cuda.current_stream().cuda_stream)
         threads, arch = out.tolist()
         major, minor = torch.cuda.get_device_capability()
         assert threads == 96
@@ -87,7 +96,7 @@ class TestExtension:
     @pytest.mark.skipif(not native.build_info().cuda_compiler, reason="built without CUDA")
     def test_a_failed_launch_says_why(self):
         with pytest.raises(RuntimeError, match="invalid configuration argument"):
-            _C.cuda_probe(0, 1 << 20, torch.cuda.current_stream().cuda_stream)
+            _C.cuda_probe(None, 1 << 20, torch.cuda.current_stream().cuda_stream)
 
 
 class TestCpuIsa:

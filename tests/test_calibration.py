@@ -1,5 +1,11 @@
 """Text becomes the token windows it should, and unusable text is named."""
 
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
 import random
 import sys
 from pathlib import Path
@@ -8,8 +14,10 @@ import datasets
 import pytest
 import torch
 from texts import TEXT, word_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from slicegpt_fast import InputError, token_batches
+from slicegpt_fast import InputError, calibration, token_batches
 from slicegpt_fast.calibration import (
     DATASETS,
     batched,
@@ -59,6 +67,112 @@ class TestFiles:
             text_documents([tmp_path / "a.txt"])
 
 
+ROWS = [{"text": "line one\nline é\u2028still", "id": 1}, {"text": 'second, "quoted"', "id": 2}]
+TEXTS = [row["text"] for row in ROWS]
+
+
+def as_csv(rows, delimiter=",") -> str:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+CONTENTS = {
+    "a.jsonl": LINES,
+    "a.ndjson": f"{LINES}\n\n",
+    "A.JSONL": json.dumps(ROWS[0]) + "\r\n" + json.dumps(ROWS[1]) + "\r\n",
+    "lines.json": LINES,
+    "list.json": json.dumps(ROWS, indent=1),
+    "strings.json": json.dumps(TEXTS),
+    "mark.jsonl": f"\ufeff{LINES}",
+    "a.csv": as_csv(ROWS),
+    "semicolons.csv": as_csv(ROWS, ";"),
+    "a.tsv": as_csv(ROWS, "\t"),
+}
+
+
+class TestRows:
+    """Files of rows give a document per row."""
+
+    @pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz"])
+    @pytest.mark.parametrize("name", CONTENTS)
+    def test_every_form(self, tmp_path, name, suffix):
+        compress = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+        file = tmp_path / (name + suffix)
+        file.write_bytes(compress(CONTENTS[name].encode()))
+        assert text_documents([file]) == TEXTS
+
+    def test_parquet(self, tmp_path):
+        datasets.Dataset.from_list([*ROWS, {"text": None, "id": 3}]).to_parquet(tmp_path / "a.parquet")
+        assert text_documents([tmp_path / "a.parquet"]) == TEXTS
+
+    def test_text_is_text_when_compressed(self, tmp_path):
+        (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\r\ntwo"))
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+        assert text_documents([tmp_path / "a.txt.gz"]) == text_documents([tmp_path / "a.txt"]) == ["one\ntwo"]
+
+    @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+    def test_fields(self, tmp_path, form):
+        def write(rows):
+            file = tmp_path / f"a.{form}"
+            if form == "parquet":
+                datasets.Dataset.from_list(rows).to_parquet(file)
+            else:
+                file.write_text(as_csv(rows) if form == "csv" else "\n".join(map(json.dumps, rows)))
+            return [file]
+
+        rows = [{"question": "why", "answer": "because"}, {"question": "how", "answer": "so"}]
+        assert text_documents(write(rows), "answer") == ["because", "so"]
+        message = r"has no field of strings named '{}' \(it has question, answer\): name the one to read \(--text-field"
+        for field, named in ((None, "text"), ("reply", "reply")):
+            with pytest.raises(InputError, match=message.format(named)):
+                text_documents(write(rows), field)
+        assert text_documents(write([{"body": "only"}])) == ["only"]
+
+    def test_long_fields(self, tmp_path):
+        (tmp_path / "a.csv").write_text(as_csv([{"text": "long " * 40_000}]))
+        assert text_documents([tmp_path / "a.csv"]) == ["long " * 40_000]
+        assert csv.field_size_limit() < 200_000  # whose setting is the process's
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.jsonl", b'{"text": "a"}\n{"text"', r"a\.jsonl is no JSON \(line 2: Expecting ':' delimiter"),
+            ("a.json", b"not JSON", r"a\.json is no JSON \(line 1: Expecting value"),
+            ("a.json", b'{"text": "a\xff"}', r"a\.json is not UTF-8 \(byte 11 is not\): convert it to UTF-8\."),
+            ("a.jsonl", b'{"text": "a"}\n{"text": ["b"]}', r"has a list in its field 'text': give strings alone\."),
+            ("a.jsonl", b"", r"has no field of strings named 'text' \(it has none\)"),
+            ("a.json", b'{"rows": [1]}', r"has no field of strings named 'text' \(it has rows\)"),
+            ("a.csv", b"", r"has no field of strings named 'text' \(it has none\)"),
+            ("a.csv", b'text\n"open', r"a\.csv is no CSV \(line 2: unexpected end of data\): repair its quotes\."),
+            ("a.txt.gz", b"plain", r"a\.txt\.gz is no complete \.gz file \(Not a gzipped file"),
+            ("a.txt.gz", gzip.compress(b"text" * 99)[:-12], r"is no complete \.gz file \(Compressed file ended before"),
+            ("a.txt.xz", b"plain", r"is no complete \.xz file \(Input format not supported"),
+            ("a.txt.bz2", b"plain", r"is no complete \.bz2 file \(Invalid data stream\): copy or write it again\."),
+            ("a.parquet", b"PAR1", r"is no complete \.parquet file \("),
+            (
+                "a.zip",
+                b"PK\x03\x04\xff",
+                r"is not UTF-8 \(byte 4 is not\): convert it .* or give text, \.json, \.jsonl",
+            ),
+            ("a.bin", b"a\0b", r"a\.bin holds NUL characters, so it is no text: give text, \.json, \.jsonl"),
+        ],
+    )
+    def test_files_that_are_not_what_they_say(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            text_documents([tmp_path / name])
+
+    def test_without_pyarrow(self, tmp_path, monkeypatch):
+        (tmp_path / "a.parquet").touch()
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(InputError, match=r"needs the package pyarrow, which comes with datasets"):
+            text_documents([tmp_path / "a.parquet"])
+
+
 class TestWindows:
     def test_protocol(self):
         """Extracts shuffled with Python's own generator, a blank line between, no special tokens, cut in order."""
@@ -102,6 +216,102 @@ class TestWindows:
         batches = batched(windows)
         assert [len(batch) for batch in batches] == sizes
         assert torch.equal(torch.cat(batches), windows)
+
+
+TOKENIZERS = {
+    "bytes, words": (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), trainers.BpeTrainer),
+    "bytes, a space before": (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=True), trainers.BpeTrainer),
+    "no words": (models.BPE(), None, trainers.BpeTrainer),
+    "metaspace": (models.BPE(), pre_tokenizers.Metaspace(prepend_scheme="first", split=False), trainers.BpeTrainer),
+    "unigram": (models.Unigram(), pre_tokenizers.Metaspace(), trainers.UnigramTrainer),
+    "unigram, no words": (models.Unigram(), None, trainers.UnigramTrainer),
+    "wordpiece": (models.WordPiece(unk_token="<unk>"), pre_tokenizers.BertPreTokenizer(), trainers.WordPieceTrainer),
+}
+CHAPTER = "\n\n".join(
+    f"{n}. {TEXT[n:]}, naïve  Ψυχή\t日本語 \U0001f600{'!' * (n % 5)} {n * 7919 % 1009}" for n in range(60)
+)
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request):
+    model, words, trainer = TOKENIZERS[request.param]
+    tokenizer = Tokenizer(model)
+    if words is not None:
+        tokenizer.pre_tokenizer = words
+    special = {"unk_token": "<unk>"} if trainer is trainers.UnigramTrainer else {}
+    tokenizer.train_from_iterator(
+        [CHAPTER], trainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False, **special)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+class TestPieces:
+    """A text that is tokenised in pieces has the tokens that it has as a whole."""
+
+    @pytest.fixture
+    def encoded(self, monkeypatch):
+        """How long the pieces are that a tokenizer gets; they are short, and so are the runs in which they agree."""
+        lengths = []
+        located = calibration._located_tokens
+
+        def spy(tokenizer, text, begin, size):
+            lengths.append(size)
+            return located(tokenizer, text, begin, size)
+
+        monkeypatch.setattr(calibration, "_located_tokens", spy)
+        for name, value in dict(PIECE=700, OVERLAP=64, AGREEING=8).items():
+            monkeypatch.setattr(calibration, name, value)
+        return lengths
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            CHAPTER,
+            CHAPTER.replace(" ", ""),
+            CHAPTER.replace("\n", " " * 40),
+            "12345" * 900,
+            " " * 3000 + CHAPTER,
+            "ab" * 2000 + CHAPTER[:2000] + "=" * 3000,
+            "\U0001f600" * 2000,
+            "",
+        ],
+        ids=["prose", "no spaces", "many spaces", "digits", "spaces first", "runs", "bytes", "nothing"],
+    )
+    def test_the_same_tokens(self, tokenizer, encoded, text):
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert [token for piece in calibration._token_pieces(tokenizer, text) for token in piece] == whole
+        assert len(encoded) > 1 or len(text) <= calibration.PIECE
+
+    def test_the_same_tokens_wherever_the_cuts_fall(self, tokenizer, encoded, monkeypatch):
+        whole = tokenizer(CHAPTER, add_special_tokens=False)["input_ids"]
+        for size in range(600, 640):
+            monkeypatch.setattr(calibration, "PIECE", size)
+            assert [token for piece in calibration._token_pieces(tokenizer, CHAPTER) for token in piece] == whole
+
+    def test_prose_is_never_tokenised_as_a_whole(self, encoded):
+        token_windows(word_tokenizer(), f"{TEXT} " * 200, 8)
+        assert max(encoded) == 700
+        assert len(encoded) > 20
+
+    def test_no_more_is_tokenised_than_is_wanted(self, encoded):
+        windows = token_windows(word_tokenizer(), f"{TEXT} " * 200, 8, count=2, limit=3)
+        assert torch.equal(windows, token_windows(word_tokenizer(), f"{TEXT} " * 2, 8)[:3])
+        assert len(encoded) <= 4
+
+    def test_a_piece_without_a_place_to_cut_grows(self, encoded):
+        """One word, which the tokenizer does not know, is one token however long it is."""
+        text = f"{TEXT} " * 30 + "x" * 10_000 + f" {TEXT}" * 30
+        windows = token_windows(word_tokenizer(), text, 2)
+        assert (
+            windows.flatten().tolist()
+            == word_tokenizer()(text, add_special_tokens=False)["input_ids"][: len(windows) * 2]
+        )
+        assert max(encoded) > 10_000
+
+    def test_a_tokenizer_that_tells_no_characters(self, encoded, monkeypatch):
+        monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+        assert token_windows(word_tokenizer(), f"{TEXT} " * 200, 8).shape == (200 * len(TEXT.split()) // 8, 8)
+        assert encoded == []
 
 
 class TestBatches:

@@ -190,6 +190,22 @@ class TestDamage:
             load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("word", ["old", "", "-1", "1.5", "²", "9" * 30, str(os.getppid())])
+def test_neighbours_of_others_are_left_alone(tmp_path, word):
+    neighbour = tmp_path / f".out.partial-{word}"
+    neighbour.mkdir()
+    save_model(tiny_model(), tmp_path / "out")
+    assert neighbour.is_dir()
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_an_earlier_process_of_the_same_id_left_is_removed(tmp_path):
+    """In a container every run may have the same id."""
+    (tmp_path / f".out.partial-{os.getpid()}").mkdir()
+    write_folder(tmp_path / "out", lambda folder: (folder / "file").touch())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path):
     killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     left, others = tmp_path / f".out.partial-{killed.stdout.strip()}", tmp_path / f".out.partial-{os.getppid()}"

@@ -23,6 +23,8 @@ from slicegpt_fast.evaluation import stored_parameters
 from slicegpt_fast.kernels import measured
 from slicegpt_fast.ops import tuning
 from slicegpt_fast.patching import op_requests
+from slicegpt_fast.slicing import SliceOptions, cut_to_budget
+from slicegpt_fast.tables import plan_title
 
 LENGTH = 16
 
@@ -128,6 +130,49 @@ class TestSlice:
         assert f"Perplexity: the next {len(windows) - 5} sequences of 16 tokens of the text." in output
         assert f"Saved to {tmp_path / 'out'}, with its spectra in" in output
 
+    @pytest.mark.parametrize(
+        ("options", "arguments"),
+        [
+            ([], {}),
+            (["--cut", "auto", "--budget", "bytes", "--round-to", "8"], dict(budget="bytes", round_to=8)),
+            (["--cut", "values,channels", "--uniform"], dict(cut=("values", "channels"), uniform=True)),
+            (["--cut", "stream", "--round-to", "8"], dict(cut=("stream",), round_to=8)),
+        ],
+    )
+    @torch.no_grad()
+    def test_cuts_as_the_library_does(self, common, model, texts, tmp_path, options, arguments):
+        output = ran(*common, "--sequences", 8, "--target-params", 0.8, *options)
+        windows = windows_of(model, texts, seed=0)
+        dense = load_model(model)
+        options = SliceOptions(target_params=0.8, **arguments)
+        expected = cut_to_budget(dense, batched(windows[:8]), options, progress=False)
+        sliced = load_model(tmp_path / "out")
+        assert torch.equal(sliced(windows[8:]).logits, expected.model(windows[8:]).logits)
+
+        assert plan_title(str(model), dense, expected.plan) in output
+        assert "Plans within the budget, the first one taken" in output
+        for trial in expected.trials:
+            assert f"{trial.sizes.stored:.3f} │" in output
+        trials = json.loads((tmp_path / "out" / "plan.json").read_text())
+        assert [trial["sizes"]["loss"] for trial in trials] == [trial.sizes.loss for trial in expected.trials]
+        assert [trial["added"] for trial in trials] == [trial.added for trial in expected.trials]
+        assert trials[0]["sizes"]["channels"] == [*expected.plan.channels]
+        drawn = {file.name for file in (tmp_path / "out").glob("*.png")}
+        assert drawn == ({"spectra.png"} if arguments.get("cut") == ("stream",) else {"sizes.png"})
+        for name in (*drawn, "plan.json"):
+            assert f"{Path(name).stem} in {tmp_path / 'out' / name}" in output
+
+    @pytest.mark.parametrize("automatic", [True, False])
+    def test_cuts_are_not_streamed(self, common, tmp_path, little_memory, automatic):
+        if not automatic:
+            little_memory.undo()
+        message = error_of(*common, "--target-params", 0.8, *([] if automatic else ["--stream"]))
+        assert message == (
+            "--target-params without --basis cuts by gradients, which slicing from file to file does not compute: "
+            "choose a plan with --basis, or give --no-stream."
+        )
+        assert list(tmp_path.iterdir()) == []
+
     def test_without_text_left_over(self, common):
         assert "Perplexity: not measured, calibration took all of the text." in ran(
             *common, "--sequences", 11, "--sparsity", 0.5
@@ -199,12 +244,25 @@ class TestSlice:
                     ["--schedule", "variance"],
                     ["--refit"],
                     ["--slice-head"],
+                    ["--cut", "auto"],
+                    ["--budget", "bytes"],
+                    ["--uniform"],
                 )
             ),
             (
                 ["--target-params", "0.8", "--basis", "auto", "--sequences", "1"],
                 "--basis auto holds some sequences out to compare plans: give --sequences 2 or more.",
             ),
+            (["--sparsity", "0.2", "--cut", "auto"], "cut spends a budget: give target_params."),
+            (
+                ["--target-params", "0.8", "--cut", "heads"],
+                "cut must be 'auto' or some of 'stream', 'channels', 'values'",
+            ),
+            (
+                ["--target-params", "0.8", "--cut", "values", "--basis", "2"],
+                "cut chooses basis itself: leave one of the",
+            ),
+            (["--target-params", "0.8", "--basis", "shared", "--uniform"], "budget and uniform belong to cut: "),
             (["--sparsity", "1.5"], "sparsity must be at least 0 and below 1, not 1.5."),
             (["--sparsity", "0.2", "--basis", "best"], "basis must be "),
             (["--sparsity", "0.2", "--round-to", "few"], "round_to must be "),
@@ -296,6 +354,16 @@ class TestEval:
         monkeypatch.setattr("slicegpt_fast.calibration.dataset_documents", documents)
         output = ran("eval", model, "--dataset", "ptb", "--split", "validation", "--length", 8, "--dtype", "bfloat16")
         assert output.endswith("(3 sequences of 8 tokens, torch.bfloat16)\n")
+
+    def test_rows(self, model, texts, tmp_path):
+        rows = [{"n": str(number), "body": file.read_text()} for number, file in enumerate(sorted(texts.iterdir()))]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        value = perplexity(load_model(model), batched(windows_of(model, texts)))
+        options = ["--text", tmp_path / "rows.jsonl", "--length", LENGTH]
+        assert ran("eval", model, *options, "--text-field", "body").startswith(f"perplexity {value:.4f} ")
+        assert "(it has n, body): name the one to read (--text-field" in error_of("eval", model, *options)
+        message = "--text-field belongs to --text: leave it out with --dataset."
+        assert error_of("eval", model, "--dataset", "ptb", "--text-field", "body") == message
 
     def test_no_text(self, model):
         assert error_of("eval", model) == "give either --text or --dataset."

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import FAMILIES, VOCABULARY, tiny_model, tokens
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BatchEncoding
 
 from slicegpt_fast import InputError, perplexity, slice_model
 from slicegpt_fast.evaluation import ROWS_PER_STEP, flops_per_token, stored_bytes, stored_parameters
@@ -92,8 +94,8 @@ def test_training_mode_is_restored_and_dropout_is_off(training):
     model = tiny_model(attention_dropout=0.9).train(training)
     assert perplexity(model, [tokens(2, 9)]) == perplexity(model, [tokens(2, 9)])
     assert model.training is training
-    with pytest.raises(IndexError):
-        perplexity(model, [torch.full((1, 4), VOCABULARY)])
+    with pytest.raises(InputError, match=f"batches: batch 1 holds token id {VOCABULARY}, but"):
+        perplexity(model, [tokens(2, 9), torch.full((1, 4), VOCABULARY)])
     assert model.training is training
 
 
@@ -104,6 +106,51 @@ NOTHING = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": t
 def test_nothing_to_score(batches):
     with pytest.raises(InputError, match=r"^there is no token to score: give a sequence of at least two tokens\.$"):
         perplexity(tiny_model(), batches)
+
+
+def test_takes_what_slicing_takes():
+    """A tensor of rows, arrays, lists, encodings of lists; of tensors as of any other."""
+    ids = tokens(3, 9)
+    model = tiny_model()
+    expected = perplexity(model, [ids])
+    encoding = BatchEncoding({"input_ids": ids.tolist(), "token_type_ids": [[0] * 9] * 3})
+    masked = {"input_ids": ids.numpy(), "attention_mask": np.ones((3, 9))}
+    for batches in ([ids.int()], [ids.numpy()], [ids.tolist()], [encoding], [masked], iter([ids])):
+        assert perplexity(model, batches) == expected
+        assert slice_model(model, [tokens(2, 32), ids.tolist()], sparsity=0.25, progress=False) is not None
+    for rows in (ids, ids.numpy(), ids.tolist()):
+        assert relative_error(perplexity(model, rows), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (None, r"^batches must be a list of batches of token ids, not a single NoneType: make them with token_batches"),
+        (7, r"^batches must be a list of batches of token ids, not a single int"),
+        ("some text", r"^batches must be a list of batches of token ids, not a single str"),
+        ({"input_ids": tokens(2, 9)}, r"^batches must be a list of batches of token ids, not a single dict"),
+        (torch.tensor(3), r"^batches must be a list of batches of token ids, not a single Tensor"),
+        (["some text"], r"^batches: batch 0 must be a tensor of token ids or a mapping with input_ids, not str"),
+        (tokens(9), r"^batches: batch 0: input_ids must be integers of shape \[B, T\], not torch\.int64 \[\]"),
+        ([tokens(2, 9), tokens(2, 0)], r"^batches: batch 1 is empty \(input_ids have shape \[2, 0\]\): leave it out"),
+    ],
+)
+def test_bad_batches_are_named(batches, message):
+    with pytest.raises(InputError, match=message):
+        perplexity(tiny_model(), batches)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("a-model", r"^model must be a transformers causal language model, not str\."),
+        (torch.nn.Linear(3, 3), r"^model must be a transformers causal language model, not Linear\."),
+        (tiny_model().model, r"^LlamaModel has no logits: load the model with AutoModelForCausalLM\."),
+    ],
+)
+def test_what_is_no_language_model(model, message):
+    with pytest.raises(InputError, match=message):
+        perplexity(model, [tokens(2, 9)])
 
 
 def test_progress(capsys):

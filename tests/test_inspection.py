@@ -1,5 +1,7 @@
 """What a config tells of a model."""
 
+import re
+
 import pytest
 import torch
 from models import tiny_model, tokens
@@ -62,6 +64,42 @@ def test_sliced(arguments, sliced, kept, tmp_path):
         "stored parameters": decimal(stored_parameters(model)),
         "  in decoder blocks": f"{decimal(block_parameters(model))} ({share:.3f} of the dense model's)",
     }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sliced", "kept"),
+    [
+        (
+            dict(cut=("channels", "values"), round_to=8),
+            "in its layers; the residual stream is the dense model's",
+            r"channels \d+( to \d+)? of 80, values (8|8 to 12) of 12, stream 48 of 48",
+        ),
+        (
+            dict(cut=("channels",), uniform=True),
+            "in its layers; the residual stream is the dense model's",
+            "channels 32 of 80, stream 48 of 48",
+        ),
+    ],
+)
+def test_cut(arguments, sliced, kept, tmp_path):
+    dense = tiny_model(tied=True)
+    model = slice_model(dense, [tokens(4, 32)], progress=False, target_params=0.7, **arguments)
+    save_model(model, tmp_path / "model")
+    facts = describe(str(tmp_path / "model"))
+    share = block_parameters(model) / block_parameters(dense)
+    assert facts.keys() == {
+        "model type",
+        "dtype",
+        "sliced",
+        "calibrated on",
+        "sizes kept",
+        "stored parameters",
+        "  in decoder blocks",
+    }
+    assert (facts["sliced"], facts["calibrated on"]) == (sliced, "128 tokens")
+    assert re.fullmatch(kept, facts["sizes kept"])
+    assert facts["stored parameters"] == decimal(stored_parameters(model))
+    assert facts["  in decoder blocks"].endswith(f" ({share:.3f} of the dense model's)")
 
 
 def test_reads_no_weights(tmp_path):

@@ -19,7 +19,7 @@ LAYERS = (
     ("patching",),
     (
         *("calibration", "evaluation", "benchmark", "search", "checkpoint", "published", "tables", "plots"),
-        *("inspection", "export", "recovery", "streaming"),
+        *("inspection", "text_files", "export", "recovery", "streaming"),
     ),
     ("",),
     ("cli", "quickstart", "workflow"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import re
 import resource
 import subprocess
@@ -21,7 +22,8 @@ from slicegpt_fast import InputError, load_model, load_tokenizer, perplexity, sa
 from slicegpt_fast import quickstart as module
 from slicegpt_fast.calibration import batched, join_documents, token_windows
 from slicegpt_fast.cli import app
-from slicegpt_fast.slicing import block_parameters
+from slicegpt_fast.slicing import block_parameters, slice_config_of
+from slicegpt_fast.tables import plan_title
 
 ARTICLES = {
     str(number): {"title": "", "extract": " ".join(TEXT.split()[number % 24 :] + TEXT.split())} for number in range(40)
@@ -88,16 +90,21 @@ def test_from_nothing_to_a_sliced_model(pip, small, cache, tmp_path):
     text = join_documents([article["extract"] for article in ARTICLES.values()], seed=0)
     windows = token_windows(word_tokenizer(), text, 16)
     dense = tiny_model()
-    expected = slice_model(
-        dense, batched(windows[:24]), target_params=0.8, basis="shared", signal="normalized", refit=True, progress=False
-    )
+    expected = slice_model(dense, batched(windows[:24]), target_params=0.8, progress=False)
     sliced = load_model(tmp_path / "out")
     assert torch.equal(sliced(windows[:1]).logits, expected(windows[:1]).logits)
     assert load_tokenizer(tmp_path / "out")("the cat")["input_ids"] == word_tokenizer()("the cat")["input_ids"]
-    assert (tmp_path / "out" / "spectra.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "sizes.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())[0]["sizes"]["stored"] <= 0.8
 
     shown = result.stdout
-    assert "SmolLM2-135M-Instruct, shared basis, normalized signal, 32 of 48 directions kept" in shown
+    plan = slice_config_of(expected).plan()
+    assert plan.basis is None
+    assert plan_title("SmolLM2-135M-Instruct", dense, plan) in shown
+    assert "Plans within the budget, the first one taken" in shown
+    code = token_windows(word_tokenizer(), "\n\n".join(module.python_source()), 16)[:4]
+    assert f"{perplexity(sliced, batched(code)):.2f}" in shown
+    assert f"4 of source of Python {platform.python_version()}'s standard library" in shown
     for each in (dense, sliced):
         assert f"{block_parameters(each) / 1000:.1f} k" in shown
         assert f"{perplexity(each, batched(windows[64:76])):.2f}" in shown
@@ -227,11 +234,19 @@ class TestFailures:
 
     def test_an_impossible_target(self, pip, small, tmp_path):
         message = self.error_of("--target-params", 0.01, "--out", tmp_path / "out")
-        assert message.startswith("target_params 0.01 cannot be met: ")
+        assert re.match(r"the budget of \d+ stored parameters cannot be met: the smallest sizes store \d+", message)
 
     def test_a_device_that_is_not_there(self, pip, small, tmp_path):
         message = self.error_of("--device", "toaster", "--out", tmp_path / "out")
         assert message.startswith("--device toaster cannot be used: ")
+
+
+def test_the_python_source_is_text_of_another_sort():
+    """Enough for four windows of 512 tokens, from any tokenizer."""
+    source = module.python_source()
+    assert len(source) == len(module.MODULES)
+    assert all("import" in text and "def " in text for text in source)
+    assert sum(map(len, source)) > 100_000
 
 
 def test_checksums_are_those_of_the_packages():

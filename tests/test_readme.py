@@ -12,7 +12,7 @@ from models import tiny_model
 from texts import TEXT, word_tokenizer
 
 import slicegpt_fast as sf
-from slicegpt_fast.architectures import ARCHITECTURES, REFUSED, Architecture
+from slicegpt_fast.architectures.table import ARCHITECTURES, REFUSED, Architecture
 from slicegpt_fast.cli import app
 
 ROOT = Path(__file__).parents[1]

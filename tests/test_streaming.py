@@ -416,6 +416,11 @@ class TestCheckpoints:
         ("arguments", "message"),
         [
             ({"sparsity": 2}, "sparsity must be"),
+            (
+                {"sparsity": None, "basis": None, "target_params": 0.8},
+                "target_params without a basis cuts by gradients, .* give basis=",
+            ),
+            ({"sparsity": None, "basis": None, "target_params": 0.8, "cut": ("channels",)}, "cuts by gradients"),
             ({"activations": "tape"}, "activations must be one of 'auto', 'device', 'memory', 'disk', not 'tape'"),
         ],
     )

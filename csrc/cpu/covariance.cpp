@@ -2,6 +2,7 @@
 #include "cpu/covariance.h"
 
 #include "cpu/isa.h"
+#include "cpu/workspace.h"
 
 namespace sgf {
 
@@ -25,18 +26,27 @@ static Kernel* kernel() {
   return chosen;
 }
 
-}  // namespace sgf
-
-int64_t sgf_covariance_workspace(int64_t N, int64_t D, int threads) {
-  using namespace sgf;
-  const int64_t words = quotient_up(smaller(N, kChunk), kBlock) * kBlock * quotient_up(D, kPanel) * kPanel;
-  return static_cast<int64_t>(sizeof(float)) * (threads * kTile * kTile * kPanel * kPanel + words);
+static int64_t workspace_floats(const Covariance& call) {
+  const int64_t words = ceil_div(smaller(call.N, kChunk), kBlock) * kBlock * ceil_div(call.D, kPanel) * kPanel;
+  return call.threads * kTile * kTile * kPanel * kPanel + words;
 }
 
-int sgf_covariance(void* acc, int acc_dtype, int64_t acc_stride, const void* x, int dtype, int64_t x_stride,
-                   const int64_t* rows, const float* row_scale, int64_t N, int64_t D, int threads, void* workspace) {
-  sgf::Kernel* const kernel = sgf::kernel();
+}  // namespace sgf
+
+int sgf_covariance(sgf_matrix acc, sgf_matrix x, sgf_matrix row_scale, sgf_matrix selected, int acc_dtype, int dtype,
+                   int threads) {
+  using namespace sgf;
+  Kernel* const kernel = sgf::kernel();
   if (kernel == nullptr) return SGF_UNKNOWN_CPU_ISA;
-  kernel({acc, acc_dtype, acc_stride, x, dtype, x_stride, rows, row_scale, N, D, threads, workspace});
+  Covariance call = {};
+  call.acc = acc, call.x = x;
+  call.row_scale = static_cast<const float*>(row_scale.data);
+  call.rows = static_cast<const int64_t*>(selected.data);
+  call.N = selected.data == nullptr ? x.rows : selected.columns, call.D = x.columns;
+  call.acc_dtype = acc_dtype, call.dtype = dtype, call.threads = threads;
+  const Workspace memory = workspace(workspace_floats(call));
+  if (memory == nullptr) return SGF_OUT_OF_MEMORY;
+  call.workspace = memory.get();
+  kernel(call);
   return SGF_OK;
 }

@@ -28,25 +28,21 @@
 #include <cstdint>
 #include <cstring>
 
+#include "arithmetic.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "slicegpt_fast.h"
 
 namespace sgf {
 
-// The arguments of sgf_covariance().
+// A call of sgf_covariance().
 struct Covariance {
-  void* acc;
-  int acc_dtype;
-  int64_t acc_stride;
-  const void* x;
-  int dtype;
-  int64_t x_stride;
-  const int64_t* rows;
-  const float* row_scale;
-  int64_t N, D;
-  int threads;
-  void* workspace;
+  sgf_matrix acc, x;
+  const float* row_scale;  // or null
+  const int64_t* rows;     // of x that count, or null: all
+  int64_t N, D;            // rows that count, columns
+  int acc_dtype, dtype, threads;
+  float* workspace;
 };
 
 namespace {
@@ -68,7 +64,6 @@ constexpr int64_t kLine = 16;  // words of a cache line
 inline void fetch(const float* line) { __builtin_prefetch(line, 0, 2); }  // into the L2 cache
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The first of the `count` items that belong to `part` of `parts`.
 inline int64_t share(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
@@ -99,11 +94,11 @@ struct Packed {
   int64_t count;   // words of a column in this chunk
 
   float* panel(int64_t block, int64_t panel) const { return words + (block * panels + panel) * kBlock * kPanel; }
-  int64_t blocks() const { return quotient_up(count, kBlock); }
+  int64_t blocks() const { return ceil_div(count, kBlock); }
   int64_t depth(int64_t block) const { return smaller(kBlock, count - block * kBlock); }
 };
 
-// kLanes numbers, of which the first `count` are read.
+// kLanes numbers: the first `count` of them are read.
 template <class T>
 inline Floats load_up_to(const T* from, int64_t count) {
   return count >= kLanes ? load(from) : count > 0 ? load(from, count) : Floats{};
@@ -111,7 +106,7 @@ inline Floats load_up_to(const T* from, int64_t count) {
 
 template <class T>
 inline const T* row_of(const Covariance& call, int64_t n) {
-  return static_cast<const T*>(call.x) + (call.rows == nullptr ? n : call.rows[n]) * call.x_stride;
+  return static_cast<const T*>(call.x.data) + (call.rows == nullptr ? n : call.rows[n]) * call.x.row_stride;
 }
 
 inline float scale_of(const Covariance& call, int64_t n) {
@@ -195,18 +190,19 @@ inline void multiply_panels(float* sums, const float* a, const float* b, int64_t
 template <class Master>
 void flush(const Covariance& call, const float* sums, int64_t i, int64_t j) {
   const int64_t height = smaller(kPanel, call.D - i * kPanel), width = smaller(kPanel, call.D - j * kPanel);
-  Master* lower = static_cast<Master*>(call.acc) + i * kPanel * call.acc_stride + j * kPanel;
-  Master* upper = static_cast<Master*>(call.acc) + j * kPanel * call.acc_stride + i * kPanel;
+  const int64_t stride = call.acc.row_stride;
+  Master* lower = static_cast<Master*>(call.acc.data) + i * kPanel * stride + j * kPanel;
+  Master* upper = static_cast<Master*>(call.acc.data) + j * kPanel * stride + i * kPanel;
   Master total[kPanel][kPanel];
   for (int64_t r = 0; r < height; ++r) {
     const int64_t known = i == j ? r + 1 : width;
     for (int64_t c = 0; c < known; ++c) {
-      total[r][c] = lower[r * call.acc_stride + c] + static_cast<Master>(sums[r * kPanel + c]);
-      lower[r * call.acc_stride + c] = total[r][c];
+      total[r][c] = lower[r * stride + c] + static_cast<Master>(sums[r * kPanel + c]);
+      lower[r * stride + c] = total[r][c];
     }
   }
   for (int64_t c = 0; c < width; ++c) {
-    for (int64_t r = i == j ? c : 0; r < height; ++r) upper[c * call.acc_stride + r] = total[r][c];
+    for (int64_t r = i == j ? c : 0; r < height; ++r) upper[c * stride + r] = total[r][c];
   }
 }
 
@@ -258,8 +254,8 @@ void compute(const Covariance& call, const Packed& packed, int64_t part, float* 
 
 template <class T, class Master, class Word>
 void run(const Covariance& call) {
-  const int64_t panels = quotient_up(call.D, kPanel), words = quotient_up(call.N, Word::kRowsPerWord);
-  float* sums = static_cast<float*>(call.workspace);  // [threads][kTile^2][kPanel][kPanel], then the packed words
+  const int64_t panels = ceil_div(call.D, kPanel), words = ceil_div(call.N, Word::kRowsPerWord);
+  float* sums = call.workspace;  // [threads][kTile^2][kPanel][kPanel], then the packed words
   constexpr int64_t kSums = kTile * kTile * kPanel * kPanel;
   for (int64_t first = 0; first < words; first += kChunk) {
     const Packed packed{sums + call.threads * kSums, panels, smaller(kChunk, words - first)};

@@ -1,8 +1,7 @@
 #include "cpu/linear.h"
 
-#include <type_traits>
-
 #include "cpu/isa.h"
+#include "cpu/workspace.h"
 
 namespace sgf {
 
@@ -19,27 +18,34 @@ constexpr Variant<void(const Linear&)> kVariants[] = {
 
 constexpr int64_t kRows = 64;  // of a, in one go: they stay in L2 while the weights pass by
 
-int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
+// That many rows of the matrix, from row m on.
+sgf_matrix rows(sgf_matrix matrix, int64_t m, int64_t count, int64_t element_size) {
+  if (matrix.data == nullptr) return matrix;
+  matrix.data = static_cast<char*>(matrix.data) + m * matrix.row_stride * element_size;
+  matrix.rows = count;
+  return matrix;
+}
 
-// A pointer to row m, or null.
-template <class T>
-T* row(T* matrix, int64_t m, int64_t stride, int64_t element_size) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return matrix == nullptr ? nullptr : reinterpret_cast<Byte*>(matrix) + m * stride * element_size;
+sgf_matrix transposed(const sgf_matrix& matrix) {
+  return {matrix.data, matrix.columns, matrix.rows, matrix.column_stride, matrix.row_stride};
 }
 
 int run(const Linear& call) {
   static const auto kernel = choose(kVariants);
   if (kernel == nullptr) return SGF_UNKNOWN_CPU_ISA;
+  const int64_t most = call.M < kRows ? call.M : kRows;
+  const Workspace memory = workspace(workspace_floats(most, call.n, call.terms[0].K, call.terms[1].K));
+  if (memory == nullptr) return SGF_OUT_OF_MEMORY;
   const int64_t size = call.dtype == SGF_FLOAT32 ? 4 : 2;
   for (int64_t m = 0; m < call.M; m += kRows) {
     Linear block = call;
-    block.M = fewer(kRows, call.M - m);
-    for (Term& term : block.terms) term.a = row(term.a, m, term.a_stride, size);
-    block.residual = row(call.residual, m, call.residual_stride, size);
-    block.y = row(call.y, m, call.out, size);
+    block.M = call.M - m < kRows ? call.M - m : kRows;
+    for (Term& term : block.terms) term.a = rows(term.a, m, block.M, size);
+    block.residual = rows(call.residual, m, block.M, size);
+    block.y = rows(call.y, m, block.M, size);
     if (call.sumsq != nullptr) block.sumsq += m;
     if (call.sumsq_of_y != nullptr) block.sumsq_of_y += m;
+    block.workspace = memory.get();
     kernel(block);
   }
   return SGF_OK;
@@ -48,41 +54,31 @@ int run(const Linear& call) {
 }  // namespace
 }  // namespace sgf
 
-int64_t sgf_linear_workspace(int64_t M, int64_t n, int64_t K, int64_t K2) {
-  return static_cast<int64_t>(sizeof(float)) * sgf::workspace_floats(sgf::fewer(M, sgf::kRows), n, K, K2);
-}
-
-int sgf_norm_linear(int dtype, int64_t M, int64_t n, int64_t K, const void* h, int64_t h_stride, const void* weight,
-                    int64_t weight_row_stride, int64_t weight_column_stride, const void* product,
-                    int64_t product_stride, const void* bias, double eps, double full_width, const float* sumsq,
-                    int activation, int64_t unscaled, void* y, int threads, void* workspace) {
+int sgf_norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix product,
+                    sgf_matrix y, int64_t unscaled, double eps, double full_width, int activation, int dtype,
+                    int threads) {
   sgf::Linear call = {};
-  call.dtype = dtype, call.threads = threads, call.M = M, call.n = n;
-  call.terms[0] = {h, h_stride, weight, weight_row_stride, weight_column_stride, K};
-  call.terms_used = product == nullptr ? 1 : 0;
-  call.residual = product, call.residual_stride = product_stride;
-  call.bias = bias;
-  call.scaled = true, call.sumsq = sumsq, call.eps = eps, call.width = full_width;
+  call.dtype = dtype, call.threads = threads, call.M = h.rows, call.n = weight.rows;
+  call.terms[0] = {h, weight, h.columns};
+  call.terms_used = product.data == nullptr ? 1 : 0;
+  call.residual = product;
+  call.bias = bias.data;
+  call.scaled = true, call.sumsq = static_cast<const float*>(sumsq.data), call.eps = eps, call.width = full_width;
   call.activation = activation, call.unscaled = unscaled;
-  call.y = y, call.out = (activation == SGF_SILU_GATE ? (n - unscaled) / 2 : n - unscaled) + unscaled;
-  call.workspace = static_cast<float*>(workspace);
+  call.y = y;
   return sgf::run(call);
 }
 
-int sgf_residual_linear(int dtype, int64_t M, int64_t n, int64_t K, const void* a, int64_t a_stride, const void* weight,
-                        int64_t weight_row_stride, int64_t weight_column_stride, const void* bias, const void* residual,
-                        int64_t residual_stride, int64_t K2, const void* a2, int64_t a2_stride, const void* weight2,
-                        int64_t weight2_row_stride, int64_t weight2_column_stride, void* y, float* sumsq, int threads,
-                        void* workspace) {
+int sgf_residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
+                        sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype, int threads) {
   sgf::Linear call = {};
-  call.dtype = dtype, call.threads = threads, call.M = M, call.n = n;
-  call.terms[0] = {a, a_stride, weight, weight_row_stride, weight_column_stride, K};
-  call.terms[1] = {a2, a2_stride, weight2, weight2_column_stride, weight2_row_stride, K2};  // weight2 is [K2, n]
-  call.terms_used = a2 == nullptr ? 1 : 2;
-  call.bias = bias;
-  call.residual = residual, call.residual_stride = residual_stride;
-  call.y = y, call.out = n;
-  call.sumsq_of_y = sumsq;
-  call.workspace = static_cast<float*>(workspace);
+  call.dtype = dtype, call.threads = threads, call.M = y.rows, call.n = y.columns;
+  call.terms[0] = {a, weight, a.columns};
+  call.terms[1] = {a2, sgf::transposed(weight2), a2.columns};  // weight2 is [K2, n]
+  call.terms_used = a.data == nullptr ? 0 : a2.data == nullptr ? 1 : 2;
+  call.bias = bias.data;
+  call.residual = residual;
+  call.y = y;
+  call.sumsq_of_y = static_cast<float*>(sumsq.data);
   return sgf::run(call);
 }

@@ -6,11 +6,11 @@
 //           +-----+              |     |   --->      +------------+------------+   activation, residual, rounding
 //      in L1 or L2               +-----+
 //
-// Every weight is read once, and a thread owns a range of y's columns. A weight whose rows lie in one piece (W, and S
-// stored transposed) is taken four or eight rows at a time: dot products along K, whose partial sums stay in registers
-// for up to six rows of a. A weight whose columns lie in one piece (S as it is, V) is taken eight steps of K at a time,
-// each times a[m, k] onto the thread's row of sums, which stays in L1. Both operand pairs of a sum, (a, W) and (h, S),
-// share the sums.
+// Every weight is read once, and a thread owns a range of y's columns. A weight with contiguous rows (W, and S stored
+// transposed) is taken four or eight rows at a time: dot products along K, whose partial sums stay in registers for up
+// to six rows of a. A weight with contiguous columns (S as it is, V) is taken eight steps of K at a time, each times
+// a[m, k] onto the thread's row of sums, which stays in L1. Both operand pairs of a sum, (a, W) and (h, S), share the
+// sums.
 //
 // bf16 goes through the dot-product instruction for pairs where there is one; elsewhere a word of two numbers becomes
 // two fp32 numbers by a shift and a mask, so `a` is laid out beforehand with even and odd numbers apart.
@@ -23,6 +23,8 @@
 //            fp32 1.04 / 0.93 / 0.86; K = 456, n = 960 in bf16, 0.9 MB: 0.58 at M = 1
 #pragma once
 
+#include "arithmetic.h"
+#include "cpu/activation.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "slicegpt_fast.h"
@@ -31,10 +33,8 @@ namespace sgf {
 
 // One operand pair: a W^T.
 struct Term {
-  const void* a;  // [M, K], rows in one piece
-  int64_t a_stride;
-  const void* w;  // [n, K], rows or columns in one piece
-  int64_t w_row_stride, w_column_stride;
+  sgf_matrix a;  // [M, K], rows contiguous
+  sgf_matrix w;  // [n, K], rows or columns contiguous
   int64_t K;
 };
 
@@ -44,16 +44,14 @@ struct Linear {
   int64_t M, n;
   Term terms[2];
   int terms_used;
-  const void* residual;  // [M, n] or null: what the sums begin with
-  int64_t residual_stride;
-  bool scaled;         // by 1 / sqrt(sumsq / width + eps)
-  const float* sumsq;  // [M] or null: of the first term's a
+  sgf_matrix residual;  // [M, n] or absent: what the sums begin with
+  bool scaled;          // by 1 / sqrt(sumsq / width + eps)
+  const float* sumsq;   // [M] or null: of the first term's a
   double eps, width;
   const void* bias;  // [n - unscaled] or null
   int activation;
-  int64_t unscaled;  // columns at the end that get no scale, bias and activation
-  void* y;           // [M, out]
-  int64_t out;
+  int64_t unscaled;   // columns at the end that get no scale, bias and activation
+  sgf_matrix y;       // [M, out], contiguous
   float* sumsq_of_y;  // [M] or null
   float* workspace;
 };
@@ -67,7 +65,7 @@ void linear_avx512bf16(const Linear& call);
 namespace {
 
 // Workspace, in floats: `a` of either term as the kernel wants it, the sums, the scales.
-constexpr int64_t padded(int64_t size) { return (size + 31) / 32 * 32; }
+constexpr int64_t padded(int64_t size) { return ceil_div(size, 32) * 32; }
 
 constexpr int64_t workspace_floats(int64_t M, int64_t n, int64_t K0, int64_t K1) {
   return M * (padded(n) + padded(K0) + padded(K1)) + padded(M);
@@ -213,53 +211,6 @@ inline void add_steps(int64_t M, const float* a, int64_t a_stride, const T* w, i
   if (j < n) add(j, n - j);
 }
 
-// exp(x) to about 1 ulp, no less than e^-87, and infinite beyond e^88.
-inline Floats exp(Floats x) {
-  const Floats limit = x > 88.0f ? splat(std::numeric_limits<float>::infinity()) : Floats{};
-  x = x > 88.0f ? splat(88.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
-  const Floats shifted = x * 1.44269504f + 0x1.8p23f;  // the nearest whole number, in the low bits
-  const Floats whole = shifted - 0x1.8p23f;
-  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // |r| <= log(2) / 2
-  Floats p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return bit_cast<Floats>(bit_cast<Words>(p) + (bit_cast<Words>(shifted) << 23)) + limit;
-}
-
-inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
-
-// Abramowitz and Stegun 7.1.26: off by 1.5e-7 at most.
-inline Floats erf(Floats x) {
-  const Floats magnitude = x < 0.0f ? -x : x;
-  const Floats t = 1.0f / (1.0f + 0.3275911f * magnitude);
-  Floats p = splat(1.061405429f);
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const Floats result = 1.0f - p * t * exp(-x * x);
-  return x < 0.0f ? -result : result;
-}
-
-inline Floats activate(int activation, Floats x) {
-  switch (activation) {
-    case SGF_RELU:
-      return x < 0.0f ? Floats{} : x;
-    case SGF_GELU:
-      return 0.5f * x * (1.0f + erf(x * 0.707106781f));
-    case SGF_GELU_TANH:  // 1 + tanh(u) = 2 / (1 + exp(-2u))
-      return x / (1.0f + exp(x * (-1.59576912f - 0.0713548163f * x * x)));
-    default:
-      return x;
-  }
-}
-
 template <class T>
 inline float sum_of_squares(const T* x, int64_t n) {
   Floats squares[4] = {};
@@ -296,7 +247,7 @@ class Kernel {
     }
     const bool gated = call_.activation == SGF_SILU_GATE;
     const int64_t scaled = call_.n - call_.unscaled, half = scaled / 2;
-    const int64_t blocks = (call_.n + kBlock - 1) / kBlock;
+    const int64_t blocks = ceil_div(call_.n, kBlock);
     const int parts = static_cast<int>(call_.threads < blocks ? call_.threads : blocks);
     parallel(parts, [&](int part) {
       const Range columns = share(gated ? half : scaled, part, parts), plain = share(call_.unscaled, part, parts);
@@ -309,7 +260,7 @@ class Kernel {
       }
     });
     if (call_.sumsq_of_y != nullptr) {
-      for (int64_t m = 0; m < call_.M; ++m) call_.sumsq_of_y[m] = sum_of_squares(y(m), call_.out);
+      for (int64_t m = 0; m < call_.M; ++m) call_.sumsq_of_y[m] = sum_of_squares(y(m), call_.y.columns);
     }
   }
 
@@ -323,25 +274,25 @@ class Kernel {
   };
 
   static Range share(int64_t count, int64_t part, int64_t parts) {
-    const int64_t blocks = (count + kBlock - 1) / kBlock;
+    const int64_t blocks = ceil_div(count, kBlock);
     const int64_t begin = part * blocks / parts * kBlock, end = (part + 1) * blocks / parts * kBlock;
     return {begin < count ? begin : count, end < count ? end : count};
   }
 
-  static bool by_rows(const Term& term) { return term.w_column_stride == 1 || term.K == 1; }
+  static bool by_rows(const Term& term) { return term.w.column_stride == 1 || term.K == 1; }
 
-  T* y(int64_t m) const { return static_cast<T*>(call_.y) + m * call_.out; }
+  T* y(int64_t m) const { return static_cast<T*>(call_.y.data) + m * call_.y.columns; }
   float* sums(int64_t m) const { return sums_ + m * sums_stride_; }
 
   float scale(const Term& term, int64_t m) const {
-    const T* h = static_cast<const T*>(term.a) + m * term.a_stride;
+    const T* h = static_cast<const T*>(term.a.data) + m * term.a.row_stride;
     const double squares = call_.sumsq != nullptr ? call_.sumsq[m] : sum_of_squares(h, term.K);
     return static_cast<float>(1.0 / __builtin_sqrt(squares / call_.width + call_.eps));
   }
 
   // Row m of `a`, in the form that the products take, with zeros up to a whole step.
   static void keep(const Term& term, float* kept, int64_t m) {
-    const T* from = static_cast<const T*>(term.a) + m * term.a_stride;
+    const T* from = static_cast<const T*>(term.a.data) + m * term.a.row_stride;
     if (by_rows(term)) {
       Kept* to = reinterpret_cast<Kept*>(kept) + m * padded(term.K);
       int64_t k = 0;
@@ -360,7 +311,7 @@ class Kernel {
     for (int64_t m = 0; m < call_.M; ++m) start(m, begin, end);
     for (int i = 0; i < call_.terms_used; ++i) {
       const Term& term = call_.terms[i];
-      const T* w = static_cast<const T*>(term.w);
+      const T* w = static_cast<const T*>(term.w.data);
       if (by_rows(term)) {
         add_rows(term, reinterpret_cast<const Kept*>(kept_[i]), w, begin, end);
       } else {
@@ -381,7 +332,7 @@ class Kernel {
   // As many whole tiles as fit; returns where they end.
   template <int rows, int columns>
   int64_t add_rows(const Term& term, const Kept* a, const T* w, int64_t begin, int64_t end) const {
-    const int64_t stride = term.w_row_stride;
+    const int64_t stride = term.w.row_stride;
     for (; begin + columns <= end; begin += columns) {
       dot_tiles<rows, columns>(call_.M, a, padded(term.K), w + begin * stride, stride, term.K, sums_ + begin,
                                sums_stride_);
@@ -390,7 +341,7 @@ class Kernel {
   }
 
   void add_columns(const Term& term, const float* a, const T* w, int64_t begin, int64_t end) const {
-    const int64_t a_stride = padded(term.K), w_stride = term.w_column_stride, n = end - begin;
+    const int64_t a_stride = padded(term.K), w_stride = term.w.column_stride, n = end - begin;
     w += begin;
     int64_t k = 0;
     for (; k + 8 <= term.K; k += 8, w += 8 * w_stride) {
@@ -403,13 +354,13 @@ class Kernel {
 
   // What the sums begin with.
   void start(int64_t m, int64_t begin, int64_t end) const {
-    const T* residual = static_cast<const T*>(call_.residual) + m * call_.residual_stride;
+    const T* residual = static_cast<const T*>(call_.residual.data) + m * call_.residual.row_stride;
     for (int64_t j = begin; j < end; j += kLanes) {
-      store(sums(m) + j, call_.residual == nullptr ? Floats{} : load(residual + j, end - j), end - j);
+      store(sums(m) + j, call_.residual.data == nullptr ? Floats{} : load(residual + j, end - j), end - j);
     }
   }
 
-  // Sums, scaled and with their bias, of which `count` exist.
+  // The first `count` sums, scaled and with their bias.
   Floats value(int64_t m, int64_t j, int64_t count) const {
     Floats x = load(sums(m) + j, count);
     if (call_.scaled) x *= scale_[m];
@@ -431,7 +382,7 @@ class Kernel {
 
   // Columns that stay as they are.
   void copy(int64_t m, Range columns) const {
-    T* const to = y(m) + call_.out - call_.n;
+    T* const to = y(m) + call_.y.columns - call_.n;
     for (int64_t j = columns.begin; j < columns.end; j += kLanes) {
       store(to + j, load(sums(m) + j, columns.end - j), columns.end - j);
     }

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "cuda/host_device.h"
+#include "arithmetic.h"
 #include "slicegpt_fast.h"
 
 namespace sgf {

@@ -15,7 +15,8 @@
 
 namespace sgf::covariance {
 
-using hopper::ceil_div;
+using sgf::ceil_div;
+
 using hopper::kRanks;
 
 constexpr int kTileRows = 128;  // of one rank

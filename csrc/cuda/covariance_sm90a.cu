@@ -173,10 +173,18 @@ __global__ void reduce_mirror(const float* workspace, int splits, Real* acc, int
 }
 
 template <class Element>
-int prepare_planes(const void* x, int64_t stride, int64_t N, int64_t D, const float* row_scale, const uint8_t* mask,
-                   void* planes, int64_t pitch, void* stream) {
-  return launch(prepare<Element>, {static_cast<unsigned>(N), 256}, stream, static_cast<const uint16_t*>(x), stride, N,
-                D, row_scale, mask, static_cast<uint16_t*>(planes), pitch);
+int prepare_planes(const sgf_matrix& x, const float* row_scale, const uint8_t* mask, void* planes, int64_t pitch,
+                   uintptr_t stream) {
+  return launch(prepare<Element>, {static_cast<unsigned>(x.rows), 256}, stream, static_cast<const uint16_t*>(x.data),
+                x.row_stride, x.rows, x.columns, row_scale, mask, static_cast<uint16_t*>(planes), pitch);
+}
+
+template <class Real>
+int add_to(const sgf_matrix& acc, const float* workspace, int splits, uintptr_t stream) {
+  const auto pieces = static_cast<unsigned>(ceil_div(acc.rows, kPiece));
+  const dim3 grid(pieces, pieces), threads(kPiece, kPieceRows);
+  return launch(reduce_mirror<Real>, {grid, threads}, stream, workspace, splits, static_cast<Real*>(acc.data), acc.rows,
+                acc.row_stride, acc.column_stride);
 }
 
 }  // namespace
@@ -186,45 +194,40 @@ sgf_cuda_plan sgf_cuda_covariance_plan(int64_t N, int64_t D, int sms) {
   return {splits, splits * share_cells(D), 0};
 }
 
-int sgf_cuda_covariance(const void* x, int64_t stride, int64_t N, int64_t D, const float* row_scale,
-                        const uint8_t* mask, void* planes, void* acc, int64_t stride_row, int64_t stride_column,
-                        int acc_dtype, int dtype, sgf_cuda_plan plan, float* workspace, void* stream) {
-  if (x == nullptr || acc == nullptr || N < 1 || N > INT32_MAX / 2 || D < 1 || D > INT32_MAX / 2 || plan.splits < 1 ||
-      (dtype != SGF_FLOAT16 && dtype != SGF_BFLOAT16) || (acc_dtype != SGF_FLOAT32 && acc_dtype != SGF_FLOAT64) ||
-      (planes == nullptr && (row_scale != nullptr || mask != nullptr))) {
+int sgf_cuda_covariance(sgf_matrix acc, sgf_matrix x, sgf_matrix row_scale, sgf_matrix mask, int acc_dtype, int dtype,
+                        int splits, sgf_matrix planes, sgf_matrix workspace, uintptr_t stream) {
+  const int64_t N = x.rows, D = x.columns;
+  const bool scaled = row_scale.data != nullptr, prepared = planes.data != nullptr;
+  if (x.data == nullptr || acc.data == nullptr || N < 1 || N > INT32_MAX / 2 || D < 1 || D > INT32_MAX / 2 ||
+      splits < 1 || (dtype != SGF_FLOAT16 && dtype != SGF_BFLOAT16) ||
+      (acc_dtype != SGF_FLOAT32 && acc_dtype != SGF_FLOAT64) || (!prepared && (scaled || mask.data != nullptr))) {
     return SGF_CUDA_BAD_ARGUMENT;
   }
-  if (workspace == nullptr || plan.workspace < plan.splits * share_cells(D)) return SGF_CUDA_WORKSPACE;
-  if (planes == nullptr && (stride % 8 != 0 || stride < D)) return SGF_CUDA_MISALIGNED;
-  if (const int status = sgf::check_pointers({planes == nullptr ? x : planes, workspace}, 16)) return status;
-  if (const int status = sgf::check_pointers({x, row_scale, mask, acc}, 1)) return status;
+  if (workspace.columns < splits * share_cells(D)) return SGF_CUDA_WORKSPACE;
+  if (!prepared && (x.row_stride % 8 != 0 || x.row_stride < D)) return SGF_CUDA_MISALIGNED;
+  if (const int status = check_operands({prepared ? planes : x, workspace}, 16)) return status;
+  if (const int status = check_operands({x, row_scale, mask, acc}, 1)) return status;
 
-  const int64_t pitch = planes == nullptr ? stride : ceil_div(D, 8) * 8;
-  if (planes != nullptr) {
-    const int status = dtype == SGF_BFLOAT16
-                           ? prepare_planes<Bfloat16>(x, stride, N, D, row_scale, mask, planes, pitch, stream)
-                           : prepare_planes<Half>(x, stride, N, D, row_scale, mask, planes, pitch, stream);
-    if (status != SGF_OK) return status;
+  const int64_t pitch = prepared ? ceil_div(D, 8) * 8 : x.row_stride;
+  if (prepared) {
+    const auto prepare = dtype == SGF_BFLOAT16 ? prepare_planes<Bfloat16> : prepare_planes<Half>;
+    if (const int status = prepare(x, static_cast<const float*>(row_scale.data), static_cast<const uint8_t*>(mask.data),
+                                   planes.data, pitch, stream)) {
+      return status;
+    }
   }
-  const bool scaled = row_scale != nullptr;
   CUtensorMap map;
-  if (const int status = make_map(planes == nullptr ? x : planes, {D, N, scaled ? 3 : 1}, {pitch, N * pitch},
+  if (const int status = make_map(prepared ? planes.data : x.data, {D, N, scaled ? 3 : 1}, {pitch, N * pitch},
                                   kBoxTokens, dtype, &map)) {
     return status;
   }
+  float* const shares = static_cast<float*>(workspace.data);
   const auto tiles = dtype == SGF_BFLOAT16 ? partial_tiles<true> : partial_tiles<false>;
-  const dim3 grid(static_cast<unsigned>(tiles_of(D) * kRanks), static_cast<unsigned>(plan.splits));
+  const dim3 grid(static_cast<unsigned>(tiles_of(D) * kRanks), static_cast<unsigned>(splits));
   if (const int status = launch(tiles, {grid, kThreads, kSharedBytes, kRanks}, stream, map, N, D,
-                                split_tokens(N, plan.splits), scaled ? 2 : 1, scaled ? 1 : 0, workspace)) {
+                                split_tokens(N, splits), scaled ? 2 : 1, scaled ? 1 : 0, shares)) {
     return status;
   }
-
-  const auto pieces = static_cast<unsigned>(ceil_div(D, kPiece));
-  const dim3 grid2(pieces, pieces), threads(kPiece, kPieceRows);
-  if (acc_dtype == SGF_FLOAT64) {
-    return launch(reduce_mirror<double>, {grid2, threads}, stream, workspace, plan.splits, static_cast<double*>(acc), D,
-                  stride_row, stride_column);
-  }
-  return launch(reduce_mirror<float>, {grid2, threads}, stream, workspace, plan.splits, static_cast<float*>(acc), D,
-                stride_row, stride_column);
+  const auto add = acc_dtype == SGF_FLOAT64 ? add_to<double> : add_to<float>;
+  return add(acc, shares, splits, stream);
 }

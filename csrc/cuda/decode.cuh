@@ -10,7 +10,7 @@
 // A warp has the 8 loads of 16 bytes per lane of two chunks in flight at once (of one for more than 8 rows), and an SM
 // holds two blocks: 128 KB in flight (64 KB). An H200 needs 29 KB per SM to be kept busy: 4.8 TB/s for 0.8 us over 132
 // SMs. So one block per SM saturates memory (two), and a wave that leaves other slots empty loses nothing. The
-// activations, 32 k of up to 16 rows per chunk, come through L1. Each operand has its own kind of loads: the columns of
+// activations, 32 k of up to 16 rows per chunk, come through L1. Each operand is loaded in its own way: the columns of
 // a wider matrix that a low-rank shortcut hands in may be read element by element, while the weight keeps its vectors.
 //
 // At the end the eight warps' sums meet in shared memory and are added in order. The splits of a tile are a cluster:
@@ -253,29 +253,31 @@ __device__ __forceinline__ bool add_up(const Sums<kColumns>& sums, Slot slot, in
 }
 
 // The host's side: what both launchers check.
-inline int check_decode(int M, int64_t tiles, int K, int dtype, sgf_cuda_plan plan, int64_t workspace_cells,
-                        int64_t counter_cells, const float* workspace, const int32_t* counters) {
-  if (M < 1 || M > kMaxRows || tiles < 1 || tiles > INT32_MAX || K < 1 || K > kMaxWidth || !is_cluster(plan.splits) ||
-      (dtype != SGF_FLOAT16 && dtype != SGF_BFLOAT16)) {
-    return SGF_CUDA_BAD_ARGUMENT;
-  }
-  const bool missing = (workspace_cells > 0 && workspace == nullptr) || (counter_cells > 0 && counters == nullptr);
-  const bool short_of = plan.workspace < workspace_cells || plan.counters < counter_cells;
-  return missing || short_of ? SGF_CUDA_WORKSPACE : SGF_OK;
+
+inline int check_decode(const sgf_matrix& x, int64_t tiles, int dtype, int splits) {
+  const bool fits = x.rows >= 1 && x.rows <= kMaxRows && x.columns >= 1 && x.columns <= kMaxWidth && tiles >= 1 &&
+                    tiles <= INT32_MAX && is_cluster(splits);
+  return fits && (dtype == SGF_FLOAT16 || dtype == SGF_BFLOAT16) ? SGF_OK : SGF_CUDA_BAD_ARGUMENT;
 }
 
-inline Matrix matrix(const void* data, int64_t stride, int64_t rows, int64_t columns) {
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(Vector) == 0;
-  return {static_cast<const uint16_t*>(data), stride,
-          aligned && columns % kVector == 0 && (rows == 1 || stride % kVector == 0)};
+inline int check_cells(const sgf_matrix& workspace, int64_t cells, const sgf_matrix& counters, int64_t counts) {
+  if (workspace.columns < cells || counters.columns < counts) return SGF_CUDA_WORKSPACE;
+  if (const int status = check_operands({workspace}, sizeof(float4))) return status;
+  return check_operands({counters}, sizeof(int32_t));
+}
+
+// A matrix with contiguous rows.
+inline Matrix rows_of(const sgf_matrix& matrix) {
+  const bool aligned = reinterpret_cast<uintptr_t>(matrix.data) % sizeof(Vector) == 0;
+  return {static_cast<const uint16_t*>(matrix.data), matrix.row_stride,
+          aligned && matrix.columns % kVector == 0 && (matrix.rows == 1 || matrix.row_stride % kVector == 0)};
 }
 
 // A block per tile and split; the splits of a tile are a cluster.
 template <class Arguments>
-int launch_decode(void (*kernel)(Arguments), int64_t tiles, sgf_cuda_plan plan, void* stream,
-                  const Arguments& arguments) {
-  const auto splits = static_cast<unsigned>(plan.splits);
-  return launch(kernel, {dim3(static_cast<unsigned>(tiles), splits), kThreads, 0, dim3(1, splits)}, stream, arguments);
+int launch_decode(void (*kernel)(Arguments), int64_t tiles, int splits, uintptr_t stream, const Arguments& arguments) {
+  const dim3 cluster(1, static_cast<unsigned>(splits)), grid(static_cast<unsigned>(tiles), cluster.y);
+  return launch(kernel, {grid, kThreads, 0, cluster}, stream, arguments);
 }
 
 }  // namespace sgf::decode

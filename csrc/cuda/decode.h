@@ -21,11 +21,12 @@
 
 #include <cstdint>
 
-#include "cuda/host_device.h"
+#include "arithmetic.h"
+#include "cuda/tiles.h"
 
 namespace sgf::decode {
 
-using sgf::ceil_div;
+using sgf::ceil_div, sgf::clamp;
 
 constexpr int kMaxRows = 16;        // M
 constexpr int kMaxWidth = 1 << 30;  // K: a row's offsets are 32-bit, those of rows 64-bit
@@ -55,11 +56,6 @@ struct Lane {
 
 SGF_INLINE Lane lane_of(int lane) { return {lane >> 2, lane & 3}; }
 
-template <class Integer>
-SGF_INLINE int clamp(Integer x, int most) {
-  return x < 0 ? 0 : x > most ? most : static_cast<int>(x);
-}
-
 SGF_INLINE int halves_slot(int group, int i, int half) { return kHalfRows * half + 4 * group + i; }
 
 SGF_INLINE int runs_slot(int group, int i, int half) { return 8 * group + 2 * i + half; }
@@ -69,37 +65,15 @@ SGF_INLINE int accumulator_half(int c) { return c >> 1; }
 
 SGF_INLINE int accumulator_column(int member, int c) { return 2 * member + (c & 1); }
 
-// The rows of the weight that a norm_linear tile takes: slots 0..31 from first[0], slots 32..63 from first[1], as many
-// of each as count[] says. Scaled tiles stand first; no tile straddles the scaled and the unscaled rows.
-struct NormTile {
-  bool scaled;
-  int64_t first[2];
-  int count[2];
-  int64_t column;  // of the output, for slot 0
-};
-
-SGF_INLINE int64_t scaled_tiles(int64_t scaled, bool gated) {
-  return gated ? ceil_div(scaled / 2, kHalfRows) : ceil_div(scaled, kTileRows);
-}
+// A tile of norm_linear, slots in halves.
+using NormTile = tiles::Tile<int64_t>;
 
 SGF_INLINE int64_t norm_tiles(int64_t scaled, int64_t unscaled, bool gated) {
-  return scaled_tiles(scaled, gated) + ceil_div(unscaled, kTileRows);
+  return tiles::tiles_across(kTileRows, scaled, unscaled, gated);
 }
 
 SGF_INLINE NormTile norm_tile(int64_t tile, int64_t scaled, int64_t unscaled, bool gated) {
-  const int64_t before = scaled_tiles(scaled, gated), columns = gated ? scaled / 2 : scaled;
-  const bool is_scaled = tile < before;
-  if (is_scaled && gated) {
-    const int64_t column = tile * kHalfRows;
-    const int count = clamp(columns - column, kHalfRows);
-    return {true, {column, columns + column}, {count, count}, column};
-  }
-  const int64_t row = is_scaled ? tile * kTileRows : scaled + (tile - before) * kTileRows;
-  const int64_t end = is_scaled ? scaled : scaled + unscaled;
-  return {is_scaled,
-          {row, row + kHalfRows},
-          {clamp(end - row, kHalfRows), clamp(end - row - kHalfRows, kHalfRows)},
-          is_scaled ? row : columns + row - scaled};
+  return tiles::tile_at(kTileRows, tile, scaled, unscaled, gated);
 }
 
 // One lane's share of an operand whose rows are contiguous along k: load v of a chunk is row (i, half) = (v / 2,
@@ -189,10 +163,11 @@ struct Chunks {
   int first, last;
 };
 
+// Of any K, for a plan is made before the launcher checks its sizes: no sum overflows.
 SGF_INLINE int chunks_in(int K) { return K / kChunk + (K % kChunk != 0); }
 
 SGF_INLINE Chunks chunks_of(int chunks, int split, int splits) {
-  const int each = (chunks + splits - 1) / splits;
+  const int each = ceil_div(chunks, splits);
   return {split * each, split * each + each < chunks ? split * each + each : chunks};
 }
 
@@ -222,7 +197,7 @@ SGF_INLINE constexpr int cell_of(int m, int slot) { return m * kPitch + slot; }
 
 constexpr int kQuad = 4;
 
-SGF_INLINE constexpr int own_quads(int rows) { return (share_cells(rows) / kQuad + kThreads - 1) / kThreads; }
+SGF_INLINE constexpr int own_quads(int rows) { return ceil_div(share_cells(rows) / kQuad, kThreads); }
 
 SGF_INLINE constexpr int own_quad(int thread, int j) { return kQuad * (thread + j * kThreads); }
 

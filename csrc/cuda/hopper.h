@@ -10,11 +10,9 @@
 
 #include <cstdint>
 
-#include "cuda/host_device.h"
+#include "arithmetic.h"
 
 namespace sgf::hopper {
-
-using sgf::ceil_div;
 
 constexpr int kRanks = 2;  // blocks of a cluster
 constexpr int kRowBytes = 128;

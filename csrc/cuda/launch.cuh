@@ -10,20 +10,27 @@
 
 namespace sgf {
 
-// Status of a launch whose pointers must be on the current device, aligned to `alignment` bytes. Null counts as absent.
-inline int check_pointers(std::initializer_list<const void*> pointers, uintptr_t alignment) {
+// Status of a launch whose operands must be on the current device, aligned to `alignment` bytes, or absent.
+inline int check_operands(std::initializer_list<sgf_matrix> operands, uintptr_t alignment) {
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  for (const void* pointer : pointers) {
-    if (pointer == nullptr) continue;
-    if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) return SGF_CUDA_MISALIGNED;
+  for (const sgf_matrix& operand : operands) {
+    if (operand.data == nullptr) continue;
+    if (reinterpret_cast<uintptr_t>(operand.data) % alignment != 0) return SGF_CUDA_MISALIGNED;
     cudaPointerAttributes attributes;
-    if (const cudaError_t error = cudaPointerGetAttributes(&attributes, pointer)) return error;
+    if (const cudaError_t error = cudaPointerGetAttributes(&attributes, operand.data)) return error;
     const bool on_device = attributes.type == cudaMemoryTypeDevice && attributes.device == device;
     if (!on_device && attributes.type != cudaMemoryTypeManaged) return SGF_CUDA_OTHER_DEVICE;
   }
   return SGF_OK;
 }
+
+inline sgf_matrix transposed(const sgf_matrix& matrix) {
+  return {matrix.data, matrix.columns, matrix.rows, matrix.column_stride, matrix.row_stride};
+}
+
+// Whether rows are contiguous: of a matrix without this, columns are.
+inline bool has_rows(const sgf_matrix& matrix) { return matrix.column_stride == 1 || matrix.columns == 1; }
 
 struct Launch {
   dim3 grid, threads;
@@ -35,7 +42,7 @@ struct Launch {
 // compute capability 9.0 and later, which is when wait_for_previous() becomes an instruction; every kernel calls it.
 // The GPU does not decide: it may be running code for 8.0, which must not count on either.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), const Launch& how, void* stream, const Arguments&... arguments) {
+int launch(void (*kernel)(Parameters...), const Launch& how, uintptr_t stream, const Arguments&... arguments) {
   cudaFuncAttributes attributes;
   if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
   if (const cudaError_t error =
@@ -53,7 +60,7 @@ int launch(void (*kernel)(Parameters...), const Launch& how, void* stream, const
   config.gridDim = how.grid;
   config.blockDim = how.threads;
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
   config.attrs = hopper;
   config.numAttrs = attributes.ptxVersion >= 90 ? 2 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);

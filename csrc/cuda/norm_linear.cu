@@ -97,37 +97,36 @@ sgf_cuda_plan sgf_cuda_norm_linear_plan(int M, int64_t scaled, int64_t unscaled,
   return {splits, shares_cells(tiles, splits, M), splits > 1 ? tiles : 0};
 }
 
-int sgf_cuda_norm_linear(const void* h, int64_t stride_h, const void* weight, int64_t stride_weight, const void* bias,
-                         const float* sumsq, void* y, int64_t stride_y, int M, int64_t scaled, int64_t unscaled, int K,
-                         float eps, float inverse_width, int activation, int dtype, sgf_cuda_plan plan,
-                         float* workspace, int32_t* counters, void* stream) {
-  const int64_t tiles = norm_tiles(scaled, unscaled, activation == SGF_SILU_GATE);
-  if (const int status = check_decode(M, tiles, K, dtype, plan, shares_cells(tiles, plan.splits, M),
-                                      plan.splits > 1 ? tiles : 0, workspace, counters)) {
-    return status;
-  }
-  if (h == nullptr || weight == nullptr || y == nullptr || scaled < 0 || unscaled < 0 ||
+int sgf_cuda_norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix y,
+                         int64_t unscaled, double eps, double full_width, int activation, int dtype, int splits,
+                         sgf_matrix workspace, sgf_matrix counters, uintptr_t stream) {
+  const int64_t scaled = weight.rows - unscaled, tiles = norm_tiles(scaled, unscaled, activation == SGF_SILU_GATE);
+  if (const int status = check_decode(h, tiles, dtype, splits)) return status;
+  if (h.data == nullptr || weight.data == nullptr || y.data == nullptr || scaled < 0 || unscaled < 0 ||
       activation < SGF_NO_ACTIVATION || activation > SGF_SILU_GATE ||
       (activation == SGF_SILU_GATE && scaled % 2 != 0)) {
     return SGF_CUDA_BAD_ARGUMENT;
   }
-  if (const int status = sgf::check_pointers({h, weight, bias, y}, sizeof(uint16_t))) return status;
-  if (const int status = sgf::check_pointers({sumsq, counters}, sizeof(float))) return status;
-  if (const int status = sgf::check_pointers({workspace}, sizeof(float4))) return status;
-  const Arguments arguments{matrix(h, stride_h, M, K),
-                            matrix(weight, stride_weight, scaled + unscaled, K),
-                            static_cast<const uint16_t*>(bias),
-                            sumsq,
-                            static_cast<uint16_t*>(y),
-                            stride_y,
+  const int M = static_cast<int>(h.rows), K = static_cast<int>(h.columns);
+  if (const int status = check_cells(workspace, shares_cells(tiles, splits, M), counters, splits > 1 ? tiles : 0)) {
+    return status;
+  }
+  if (const int status = sgf::check_operands({h, weight, bias, y}, sizeof(uint16_t))) return status;
+  if (const int status = sgf::check_operands({sumsq}, sizeof(float))) return status;
+  const Arguments arguments{rows_of(h),
+                            rows_of(weight),
+                            static_cast<const uint16_t*>(bias.data),
+                            static_cast<const float*>(sumsq.data),
+                            static_cast<uint16_t*>(y.data),
+                            y.row_stride,
                             scaled,
                             unscaled,
                             M,
                             K,
                             activation,
-                            eps,
-                            inverse_width,
-                            workspace,
-                            counters};
-  return launch_decode(kKernels[dtype == SGF_BFLOAT16][M > 8], tiles, plan, stream, arguments);
+                            static_cast<float>(eps),
+                            static_cast<float>(1 / full_width),
+                            static_cast<float*>(workspace.data),
+                            static_cast<int32_t*>(counters.data)};
+  return launch_decode(kKernels[dtype == SGF_BFLOAT16][M > 8], tiles, splits, stream, arguments);
 }

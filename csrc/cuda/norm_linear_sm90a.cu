@@ -169,42 +169,45 @@ constexpr auto kernel_of(int width) {
 
 }  // namespace
 
-int sgf_cuda_row_squares(const void* h, int64_t stride_h, int M, int K, float* sumsq, int dtype, void* stream) {
-  if (h == nullptr || sumsq == nullptr) return SGF_CUDA_BAD_ARGUMENT;
-  if (const int status = check_prefill(M, 1, K, dtype, 1)) return status;
-  if (const int status = sgf::check_pointers({h}, sizeof(uint16_t))) return status;
-  if (const int status = sgf::check_pointers({sumsq}, sizeof(float))) return status;
-  const dim3 grid(static_cast<unsigned>(ceil_div(M, kSquaresRows)));
+int sgf_cuda_row_squares(sgf_matrix h, sgf_matrix sumsq, int dtype, uintptr_t stream) {
+  if (h.data == nullptr || sumsq.data == nullptr) return SGF_CUDA_BAD_ARGUMENT;
+  if (const int status = check_prefill(h.rows, 1, h.columns, dtype, 1)) return status;
+  if (const int status = sgf::check_operands({h}, sizeof(uint16_t))) return status;
+  if (const int status = sgf::check_operands({sumsq}, sizeof(float))) return status;
+  const dim3 grid(static_cast<unsigned>(ceil_div(h.rows, kSquaresRows)));
   return sgf::launch(dtype == SGF_BFLOAT16 ? row_squares<Bfloat16> : row_squares<Half>, {grid, kSquaresThreads}, stream,
-                     static_cast<const uint16_t*>(h), stride_h, M, K, sumsq);
+                     static_cast<const uint16_t*>(h.data), h.row_stride, h.rows, h.columns,
+                     static_cast<float*>(sumsq.data));
 }
 
-int sgf_cuda_norm_linear_prefill(const void* h, int64_t stride_h, const void* weight, int64_t stride_weight,
-                                 const void* bias, const float* sumsq, void* y, int64_t stride_y, int M, int scaled,
-                                 int unscaled, int K, float eps, float inverse_width, int activation, int dtype,
-                                 int sms, void* stream) {
+int sgf_cuda_norm_linear_prefill(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix y,
+                                 int64_t unscaled, double eps, double full_width, int activation, int dtype, int sms,
+                                 uintptr_t stream) {
   const bool gated = activation == SGF_SILU_GATE;
-  if (y == nullptr || scaled < 0 || unscaled < 0 || scaled > kMaxSize || unscaled > kMaxSize - scaled ||
-      activation < SGF_NO_ACTIVATION || activation > SGF_SILU_GATE || (gated && scaled % 2 != 0) ||
-      (scaled > 0 && sumsq == nullptr)) {
+  const int64_t scaled = weight.rows - unscaled;
+  if (y.data == nullptr || scaled < 0 || unscaled < 0 || activation < SGF_NO_ACTIVATION || activation > SGF_SILU_GATE ||
+      (gated && scaled % 2 != 0) || (scaled > 0 && sumsq.data == nullptr)) {
     return SGF_CUDA_BAD_ARGUMENT;
   }
-  const int n = scaled + unscaled;
-  if (const int status = check_prefill(M, n, K, dtype, sms)) return status;
-  if (const int status = check_operand(h, stride_h)) return status;
-  if (const int status = check_operand(weight, stride_weight)) return status;
-  if (const int status = sgf::check_pointers({bias, y}, sizeof(uint16_t))) return status;
-  if (const int status = sgf::check_pointers({sumsq}, sizeof(float))) return status;
+  if (const int status = check_prefill(h.rows, weight.rows, h.columns, dtype, sms)) return status;
+  if (const int status = check_copied(h)) return status;
+  if (const int status = check_copied(weight)) return status;
+  if (const int status = sgf::check_operands({bias, y}, sizeof(uint16_t))) return status;
+  if (const int status = sgf::check_operands({sumsq}, sizeof(float))) return status;
 
   Problem p{};
-  p.M = M, p.scaled = scaled, p.unscaled = unscaled, p.gated = gated;
-  p.steps_first = p.steps = steps_in(K);
-  const int width = choose_width(M, scaled, unscaled, gated, p.steps, sms);
-  if (const int status = make_maps(p, 0, h, stride_h, weight, stride_weight, n, K, width, dtype)) {
-    return status;
-  }
-  const NormArguments arguments{
-      static_cast<const uint16_t*>(bias), sumsq, static_cast<uint16_t*>(y), stride_y, activation, eps, inverse_width};
+  p.M = static_cast<int>(h.rows), p.gated = gated;
+  p.scaled = static_cast<int>(scaled), p.unscaled = static_cast<int>(unscaled);
+  p.steps_first = p.steps = steps_in(static_cast<int>(h.columns));
+  const int width = choose_width(p.M, p.scaled, p.unscaled, gated, p.steps, sms);
+  if (const int status = make_maps(p, 0, h, weight, width, dtype)) return status;
+  const NormArguments arguments{static_cast<const uint16_t*>(bias.data),
+                                static_cast<const float*>(sumsq.data),
+                                static_cast<uint16_t*>(y.data),
+                                y.row_stride,
+                                activation,
+                                static_cast<float>(eps),
+                                static_cast<float>(1 / full_width)};
   return launch_prefill(dtype == SGF_BFLOAT16 ? kernel_of<Bfloat16>(width) : kernel_of<Half>(width), width, sms, stream,
                         p, arguments);
 }

@@ -231,31 +231,32 @@ __device__ __forceinline__ void run(const Problem& p, const typename Epilogue::A
 
 // The host's side.
 
-inline int check_prefill(int M, int n, int K, int dtype, int sms) {
+inline int check_prefill(int64_t M, int64_t n, int64_t K, int dtype, int sms) {
   const bool fits = M >= 1 && M <= kMaxSize && n >= 1 && n <= kMaxSize && K >= 1 && K <= kMaxSize && sms >= 1;
   return fits && (dtype == SGF_FLOAT16 || dtype == SGF_BFLOAT16) ? SGF_OK : SGF_CUDA_BAD_ARGUMENT;
 }
 
 // What the copy engine needs of an operand.
-inline int check_operand(const void* matrix, int64_t stride) {
-  if (matrix == nullptr || stride < 1) return SGF_CUDA_BAD_ARGUMENT;
-  if (stride % 8 != 0) return SGF_CUDA_MISALIGNED;
-  return sgf::check_pointers({matrix}, 16);
+inline int check_copied(const sgf_matrix& matrix) {
+  if (matrix.data == nullptr || matrix.row_stride < 1) return SGF_CUDA_BAD_ARGUMENT;
+  if (matrix.row_stride % 8 != 0) return SGF_CUDA_MISALIGNED;
+  return sgf::check_operands({matrix}, 16);
+}
+
+inline int make_map(const sgf_matrix& matrix, int box_rows, int dtype, CUtensorMap* map) {
+  return hopper::make_map(matrix.data, {matrix.columns, matrix.rows, 1},
+                          {matrix.row_stride, matrix.rows * matrix.row_stride}, box_rows, dtype, map);
 }
 
 // Maps of pair number `pair`: left [M, K], and right [n, K] or, where only the second one lies along N, [K, n].
-inline int make_maps(Problem& p, int pair, const void* left, int64_t stride_left, const void* right,
-                     int64_t stride_right, int n, int K, int width, int dtype) {
+inline int make_maps(Problem& p, int pair, const sgf_matrix& left, const sgf_matrix& right, int width, int dtype) {
   const bool along_n = pair == 1 && p.along_n;
-  const int inner = along_n ? n : K, outer = along_n ? K : n;
-  if (const int status = make_map(left, {K, p.M, 1}, {stride_left, p.M * stride_left}, kTileRows, dtype, p.left + pair))
-    return status;
-  return make_map(right, {inner, outer, 1}, {stride_right, outer * stride_right}, along_n ? kBoxStep : width / 2, dtype,
-                  p.right + pair);
+  if (const int status = make_map(left, kTileRows, dtype, p.left + pair)) return status;
+  return make_map(right, along_n ? kBoxStep : width / 2, dtype, p.right + pair);
 }
 
 template <class Arguments>
-int launch_prefill(void (*kernel)(Problem, Arguments), int width, int sms, void* stream, const Problem& p,
+int launch_prefill(void (*kernel)(Problem, Arguments), int width, int sms, uintptr_t stream, const Problem& p,
                    const Arguments& arguments) {
   const int64_t tiles = tiles_in(width, p.M, p.scaled, p.unscaled, p.gated);
   const int64_t clusters = sms > kRanks ? sms / kRanks : 1;

@@ -23,12 +23,15 @@
 //
 // A warpgroup computes 64 rows. Four threads, a quad, hold 32 neighbouring columns (a chunk) of a row as pairs of
 // columns, member 0 .. 3 the pairs 8 block + 2 member. Transposed over the quad, a member has 8 neighbouring columns (a
-// run): 16 bytes of y, and a quad stores 64 in one piece.
+// run): 16 bytes of y, and a quad stores 64 neighbouring bytes.
 #pragma once
 
 #include "cuda/hopper.h"
+#include "cuda/tiles.h"
 
 namespace sgf::prefill {
+
+using sgf::ceil_div, sgf::clamp;
 
 using hopper::kRanks;
 using hopper::kRowBytes;
@@ -61,48 +64,17 @@ struct Shape {
   static constexpr int kLead = (kStages - 1) / 2;
 };
 
-SGF_INLINE int ceil_div(int a, int b) { return a / b + (a % b != 0); }
-
 SGF_INLINE int steps_in(int K) { return ceil_div(K, kStep); }
 
-// The columns of a tile: columns 0 .. W / 2 - 1 are the weight's rows from first[0], the others those from first[1], as
-// many of each as count[] says. No tile straddles scaled and unscaled rows.
-struct Columns {
-  bool scaled;
-  int first[2];
-  int count[2];
-  int column;  // of y, for the tile's column 0
-};
-
-SGF_INLINE int clamp(int x, int most) { return x < 0 ? 0 : x > most ? most : x; }
-
-SGF_INLINE int scaled_tiles(int width, int scaled, bool gated) {
-  return gated ? ceil_div(scaled / 2, width / 2) : ceil_div(scaled, width);
-}
-
-SGF_INLINE int tiles_across(int width, int scaled, int unscaled, bool gated) {
-  return scaled_tiles(width, scaled, gated) + ceil_div(unscaled, width);
-}
+using Columns = tiles::Tile<int>;
+using tiles::tiles_across;
 
 SGF_INLINE int64_t tiles_in(int width, int M, int scaled, int unscaled, bool gated) {
   return static_cast<int64_t>(ceil_div(M, kClusterRows)) * tiles_across(width, scaled, unscaled, gated);
 }
 
 SGF_INLINE Columns columns_of(int width, int tile, int scaled, int unscaled, bool gated) {
-  const int half = width / 2;
-  const int before = scaled_tiles(width, scaled, gated), stored = gated ? scaled / 2 : scaled;
-  const bool is_scaled = tile < before;
-  if (is_scaled && gated) {
-    const int column = tile * half;
-    const int count = clamp(stored - column, half);
-    return {true, {column, stored + column}, {count, count}, column};
-  }
-  const int row = is_scaled ? tile * width : scaled + (tile - before) * width;
-  const int left = (is_scaled ? scaled : scaled + unscaled) - row;
-  return {is_scaled,
-          {row, row + half},
-          {clamp(left, half), clamp(left - half, half)},
-          is_scaled ? row : stored + row - scaled};
+  return tiles::tile_at(width, tile, scaled, unscaled, gated);
 }
 
 constexpr int64_t kMaxTiles = INT32_MAX / kBand;  // 64-bit divisions are long
@@ -216,13 +188,13 @@ inline int choose_width(int M, int scaled, int unscaled, bool gated, int steps, 
     const int64_t tiles = tiles_in(width, M, scaled, unscaled, gated);
     const int multiplied = 4 * width, brought = (kLeftBytes + width * kRowBytes / kRanks) / kBytesPerClock;
     const int64_t step = multiplied > brought ? multiplied : brought;
-    const int64_t cost = hopper::ceil_div(tiles, clusters) * (steps * step + kTileOverhead);
+    const int64_t cost = ceil_div(tiles, clusters) * (steps * step + kTileOverhead);
     if (cost < best_cost) best = width, best_cost = cost;
   }
   return best;
 }
 
 // Sums of squares of y that each tile leaves in the workspace, fp32: [tiles across][M]. Enough for every width.
-inline int64_t squares_cells(int64_t M, int64_t n) { return hopper::ceil_div(n, kWidths[2]) * M; }
+inline int64_t squares_cells(int64_t M, int64_t n) { return ceil_div(n, kWidths[2]) * M; }
 
 }  // namespace sgf::prefill

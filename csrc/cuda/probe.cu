@@ -26,6 +26,6 @@ const char* sgf_cuda_compiler(void) {
 
 const char* sgf_cuda_status_text(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
-int sgf_cuda_probe(int32_t* out, int threads, void* stream) {
-  return sgf::launch(probe, {1, static_cast<unsigned>(threads)}, stream, out);
+int sgf_cuda_probe(sgf_matrix out, int threads, uintptr_t stream) {
+  return sgf::launch(probe, {1, static_cast<unsigned>(threads)}, stream, static_cast<int32_t*>(out.data));
 }

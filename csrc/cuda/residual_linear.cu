@@ -133,42 +133,39 @@ sgf_cuda_plan sgf_cuda_residual_linear_plan(int M, int64_t n, int K, int K2, int
   return {splits, workspace_cells(tiles, splits, M), tiles + 1};
 }
 
-int sgf_cuda_residual_linear(const void* a, int64_t stride_a, const void* weight, int64_t stride_weight, const void* a2,
-                             int64_t stride_a2, const void* weight2, int64_t stride_weight2, int weight2_along_n,
-                             const void* bias, const void* residual, int64_t stride_residual, void* y, int64_t stride_y,
-                             float* sumsq, int M, int64_t n, int K, int K2, int dtype, sgf_cuda_plan plan,
-                             float* workspace, int32_t* counters, void* stream) {
-  const int64_t tiles = ceil_div(n, kTileRows);
-  if (const int status = check_decode(M, tiles, K, dtype, plan, workspace_cells(tiles, plan.splits, M), tiles + 1,
-                                      workspace, counters)) {
-    return status;
-  }
-  if (a == nullptr || weight == nullptr || y == nullptr || sumsq == nullptr || K2 < 0 || K2 > kMaxWidth ||
-      (K2 > 0 && (a2 == nullptr || weight2 == nullptr))) {
+int sgf_cuda_residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
+                             sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype, int splits,
+                             sgf_matrix workspace, sgf_matrix counters, uintptr_t stream) {
+  const int64_t n = weight.rows, tiles = ceil_div(n, kTileRows);
+  if (const int status = check_decode(a, tiles, dtype, splits)) return status;
+  if (a.data == nullptr || weight.data == nullptr || y.data == nullptr || sumsq.data == nullptr || a2.columns < 0 ||
+      a2.columns > kMaxWidth || (a2.columns > 0 && (a2.data == nullptr || weight2.data == nullptr))) {
     return SGF_CUDA_BAD_ARGUMENT;
   }
-  if (const int status = sgf::check_pointers({a, weight, a2, weight2, bias, residual, y}, sizeof(uint16_t))) {
+  const int M = static_cast<int>(a.rows), K = static_cast<int>(a.columns), K2 = static_cast<int>(a2.columns);
+  if (const int status = check_cells(workspace, workspace_cells(tiles, splits, M), counters, tiles + 1)) return status;
+  if (const int status = sgf::check_operands({a, weight, bias, residual, a2, weight2, y}, sizeof(uint16_t))) {
     return status;
   }
-  if (const int status = sgf::check_pointers({sumsq, counters}, sizeof(float))) return status;
-  if (const int status = sgf::check_pointers({workspace}, sizeof(float4))) return status;
-  const bool along_n = weight2_along_n != 0;
-  const Arguments arguments{matrix(a, stride_a, M, K),
-                            matrix(weight, stride_weight, n, K),
-                            matrix(a2, stride_a2, M, K2),
-                            matrix(weight2, stride_weight2, along_n ? K2 : n, along_n ? n : K2),
-                            matrix(residual, stride_residual, M, n),
-                            static_cast<const uint16_t*>(bias),
-                            static_cast<uint16_t*>(y),
-                            sumsq,
-                            stride_y,
+  if (const int status = sgf::check_operands({sumsq}, sizeof(float))) return status;
+  const bool along_n = sgf::has_rows(weight2);
+  float* const shares = static_cast<float*>(workspace.data);
+  const Arguments arguments{rows_of(a),
+                            rows_of(weight),
+                            rows_of(a2),
+                            rows_of(along_n ? weight2 : sgf::transposed(weight2)),
+                            rows_of(residual),
+                            static_cast<const uint16_t*>(bias.data),
+                            static_cast<uint16_t*>(y.data),
+                            static_cast<float*>(sumsq.data),
+                            y.row_stride,
                             n,
                             M,
                             K,
                             K2,
                             along_n,
-                            workspace + shares_cells(tiles, plan.splits, M),
-                            workspace,
-                            counters};
-  return launch_decode(kKernels[dtype == SGF_BFLOAT16][M > 8], tiles, plan, stream, arguments);
+                            shares + shares_cells(tiles, splits, M),
+                            shares,
+                            static_cast<int32_t*>(counters.data)};
+  return launch_decode(kKernels[dtype == SGF_BFLOAT16][M > 8], tiles, splits, stream, arguments);
 }

@@ -143,43 +143,46 @@ constexpr auto kernel_of(int width) {
 
 int64_t sgf_cuda_residual_linear_prefill_workspace(int M, int n) { return squares_cells(M, n); }
 
-int sgf_cuda_residual_linear_prefill(const void* a, int64_t stride_a, const void* weight, int64_t stride_weight,
-                                     const void* a2, int64_t stride_a2, const void* weight2, int64_t stride_weight2,
-                                     int weight2_along_n, const void* bias, const void* residual,
-                                     int64_t stride_residual, void* y, int64_t stride_y, float* sumsq, int M, int n,
-                                     int K, int K2, int dtype, int sms, float* workspace, int64_t workspace_cells,
-                                     void* stream) {
-  if (y == nullptr || sumsq == nullptr || K2 < 0 || K2 > kMaxSize) return SGF_CUDA_BAD_ARGUMENT;
-  if (const int status = check_prefill(M, n, K, dtype, sms)) return status;
-  if (workspace == nullptr || workspace_cells < squares_cells(M, n)) return SGF_CUDA_WORKSPACE;
-  if (const int status = check_operand(a, stride_a)) return status;
-  if (const int status = check_operand(weight, stride_weight)) return status;
-  if (K2 > 0) {
-    if (const int status = check_operand(a2, stride_a2)) return status;
-    if (const int status = check_operand(weight2, stride_weight2)) return status;
+int sgf_cuda_residual_linear_prefill(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual,
+                                     sgf_matrix a2, sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype,
+                                     int sms, sgf_matrix workspace, uintptr_t stream) {
+  if (y.data == nullptr || sumsq.data == nullptr || a2.columns < 0 || a2.columns > kMaxSize) {
+    return SGF_CUDA_BAD_ARGUMENT;
   }
-  if (const int status = sgf::check_pointers({bias, residual, y}, sizeof(uint16_t))) return status;
-  if (const int status = sgf::check_pointers({sumsq, workspace}, sizeof(float))) return status;
+  if (const int status = check_prefill(a.rows, weight.rows, a.columns, dtype, sms)) return status;
+  if (workspace.columns < squares_cells(a.rows, weight.rows)) return SGF_CUDA_WORKSPACE;
+  const bool paired = a2.columns > 0, along_n = paired && sgf::has_rows(weight2);
+  const sgf_matrix right2 = along_n ? weight2 : sgf::transposed(weight2);
+  if (const int status = check_copied(a)) return status;
+  if (const int status = check_copied(weight)) return status;
+  if (paired) {
+    if (const int status = check_copied(a2)) return status;
+    if (const int status = check_copied(right2)) return status;
+  }
+  if (const int status = sgf::check_operands({bias, residual, y}, sizeof(uint16_t))) return status;
+  if (const int status = sgf::check_operands({sumsq, workspace}, sizeof(float))) return status;
 
   Problem p{};
-  p.M = M, p.scaled = n, p.along_n = K2 > 0 && weight2_along_n != 0;
-  p.steps_first = steps_in(K), p.steps = p.steps_first + steps_in(K2);
-  const int width = choose_width(M, n, 0, false, p.steps, sms);
-  if (const int status = make_maps(p, 0, a, stride_a, weight, stride_weight, n, K, width, dtype)) return status;
-  if (K2 > 0) {
-    if (const int status = make_maps(p, 1, a2, stride_a2, weight2, stride_weight2, n, K2, width, dtype)) return status;
+  p.M = static_cast<int>(a.rows), p.scaled = static_cast<int>(weight.rows), p.along_n = along_n;
+  p.steps_first = steps_in(static_cast<int>(a.columns));
+  p.steps = p.steps_first + steps_in(static_cast<int>(a2.columns));
+  const int width = choose_width(p.M, p.scaled, 0, false, p.steps, sms);
+  if (const int status = make_maps(p, 0, a, weight, width, dtype)) return status;
+  if (paired) {
+    if (const int status = make_maps(p, 1, a2, right2, width, dtype)) return status;
   }
-  const ResidualArguments arguments{static_cast<const uint16_t*>(bias),
-                                    static_cast<const uint16_t*>(residual),
-                                    static_cast<uint16_t*>(y),
-                                    stride_residual,
-                                    stride_y,
-                                    workspace};
+  float* const squares = static_cast<float*>(workspace.data);
+  const ResidualArguments arguments{static_cast<const uint16_t*>(bias.data),
+                                    static_cast<const uint16_t*>(residual.data),
+                                    static_cast<uint16_t*>(y.data),
+                                    residual.row_stride,
+                                    y.row_stride,
+                                    squares};
   if (const int status = launch_prefill(dtype == SGF_BFLOAT16 ? kernel_of<Bfloat16>(width) : kernel_of<Half>(width),
                                         width, sms, stream, p, arguments)) {
     return status;
   }
-  const float* squares = workspace;
-  const dim3 grid(static_cast<unsigned>(ceil_div(M, kTotalsThreads)));
-  return sgf::launch(row_totals, {grid, kTotalsThreads}, stream, squares, tiles_across(width, n, 0, false), M, sumsq);
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.M, kTotalsThreads)));
+  return sgf::launch(row_totals, {grid, kTotalsThreads}, stream, squares, tiles_across(width, p.scaled, 0, false), p.M,
+                     static_cast<float*>(sumsq.data));
 }

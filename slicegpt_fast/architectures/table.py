@@ -84,6 +84,7 @@ class Branch:
             heads in order, those of a feed-forward network its channels.
         takes_layer_arguments: the first module is called with the layer's arguments (masks, positions, cache).
         keyword: by which the family gives the first module the normalised stream; None where it does so by position.
+        withheld: the layer's arguments that the first module is not called with.
         activation: the module between a feed-forward network's readers and writers; None for attention.
     """
 
@@ -93,6 +94,7 @@ class Branch:
     writers: tuple[str, ...]
     takes_layer_arguments: bool = False
     keyword: str | None = None
+    withheld: tuple[str, ...] = ()
     activation: str | None = None
 
     @property
@@ -147,11 +149,17 @@ class Architecture:
 
 
 def attention(
-    norm: str, module: str, readers: tuple[Reader, ...], writer: str, *after: str, keyword: str | None = "hidden_states"
+    norm: str,
+    module: str,
+    readers: tuple[Reader, ...],
+    writer: str,
+    *after: str,
+    keyword: str | None = "hidden_states",
+    withheld: tuple[str, ...] = (),
 ) -> Branch:
     """An attention branch; ``readers`` and ``writer`` are paths inside ``module``."""
     inside, outside = _inside(module, readers), (f"{module}.{writer}",)
-    return Branch(norm, (module, *after), inside, outside, takes_layer_arguments=True, keyword=keyword)
+    return Branch(norm, (module, *after), inside, outside, True, keyword, withheld)
 
 
 def mlp(
@@ -221,9 +229,10 @@ PHI = Architecture(
     final_norm="model.final_layernorm",
     centered=True,
 )
+CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
 GPT2 = Architecture(
     sequential(
-        attention("ln_1", "attn", fused_qkv("c_attn"), "c_proj", keyword=None),
+        attention("ln_1", "attn", fused_qkv("c_attn"), "c_proj", keyword=None, withheld=CROSS_ATTENTION),
         mlp("ln_2", "mlp", ungated("c_fc"), ("c_proj",), "act"),
     ),
     embeddings=("transformer.wte", "transformer.wpe"),
@@ -244,7 +253,7 @@ def opt(config: PreTrainedConfig) -> Architecture:
         )
     return Architecture(
         sequential(
-            attention("self_attn_layer_norm", "self_attn", QKV, "out_proj"),
+            attention("self_attn_layer_norm", "self_attn", QKV, "out_proj", withheld=("use_cache",)),
             Branch(
                 "final_layer_norm",
                 ("fc1", "activation_fn", "fc2"),

@@ -1,4 +1,4 @@
-"""How kernels take tensors: rows in one piece, addresses, strides. None stands for an operand that is not there."""
+"""The layouts of tensors that kernels take. None stands for an operand that is not there."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from typing import overload
 from torch import Tensor
 
 
+def has_rows(x: Tensor) -> bool:
+    """Return whether each row of a matrix is contiguous."""
+    return x.stride()[1] == 1 or x.shape[1] == 1
+
+
 @overload
 def rows(x: Tensor) -> Tensor: ...
 @overload
 def rows(x: Tensor | None) -> Tensor | None: ...
 def rows(x: Tensor | None) -> Tensor | None:
-    """``x`` itself where each of its rows is in one piece, else a copy of which that holds."""
-    return x if x is None or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    """Return a matrix itself where its rows are contiguous, else a contiguous copy."""
+    return x if x is None or has_rows(x) else x.contiguous()
+
+
+@overload
+def rows_or_columns(x: Tensor) -> Tensor: ...
+@overload
+def rows_or_columns(x: Tensor | None) -> Tensor | None: ...
+def rows_or_columns(x: Tensor | None) -> Tensor | None:
+    """Return a matrix itself where its rows or its columns are contiguous, else a contiguous copy."""
+    return x if x is None or 1 in x.stride() else x.contiguous()
 
 
 def vector(x: Tensor | None) -> Tensor | None:
-    """``x`` in one piece."""
+    """Return a vector itself where it is contiguous, else a contiguous copy."""
     return None if x is None else x.contiguous()
-
-
-def address(x: Tensor | None) -> int:
-    """Where the first element lies."""
-    return 0 if x is None else x.data_ptr()
-
-
-def rows_at(x: Tensor | None) -> tuple[int, int]:
-    """Address, and elements from one row to the next."""
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
-
-
-def matrix_at(x: Tensor | None) -> tuple[int, int, int]:
-    """Address and both strides."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.dispatch import BACKENDS, OPS, asked_for
-from slicegpt_fast.patching.guards import NotFusable, Place, forward_slot
+from slicegpt_fast.patching.guards import NotFusable, Place, Replicas, forward_slot
 from slicegpt_fast.patching.head import FusedHead
 from slicegpt_fast.patching.layers import FusedLayer, FusedSublayer, Requests
 from slicegpt_fast.patching.packing import DTYPES
 from slicegpt_fast.patching.report import PartReport, PatchReport
+from slicegpt_fast.patching.selfcheck import Call, compare, record
 
 __all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
 
@@ -33,19 +34,38 @@ class Patch:
     options: tuple[str, tuple[str, ...], tuple[str, ...]]
     parts: dict[str, FusedSublayer | FusedHead | str] = field(default_factory=dict)  # str: why it stays as it is
     layers: list[FusedLayer] = field(default_factory=list)
+    check: str = ""  # what the self-check came to
     replaced: list[tuple[nn.Module, object, object]] = field(default_factory=list)  # the forwards, new and old
+
+    def fused(self) -> dict[str, FusedSublayer | FusedHead]:
+        """The parts with a fused form."""
+        return {name: part for name, part in self.parts.items() if not isinstance(part, str)}
+
+    def hold_against(self, model: PreTrainedModel, calls: dict[nn.Module, Call] | str) -> None:
+        """Refuse the parts that do not compute what their modules did in ``calls``; a sentence where there are none."""
+        if isinstance(calls, str):
+            self.check = f"not checked: {calls}"
+            return
+        parts = self.fused()
+        compare(model, self.layers, next((p for p in parts.values() if isinstance(p, FusedHead)), None), calls)
+        self.check = "checked on a few tokens"
+        for name, part in parts.items():
+            if part.refused is not None:
+                warnings.warn(f"{name} stays unfused: {part.refused}.", stacklevel=3)
 
     def apply(self) -> None:
         """Sets the fused forwards."""
-        parts = [part for part in self.parts.values() if not isinstance(part, str)]
-        for module, forward in chain.from_iterable(part.forwards.items() for part in (*parts, *self.layers)):
+        parts = (*self.fused().values(), *self.layers)
+        for module, forward in chain.from_iterable(part.forwards.items() for part in parts):
             slot = forward_slot(module)
             self.replaced.append((module, forward, module.__dict__.get(slot)))
             setattr(module, slot, forward)
+            module._replicate_for_data_parallel = Replicas(module, forward).make  # type: ignore[assignment]
 
     def undo(self) -> None:
         """Brings the old ones back, but where somebody has set another one since."""
         for module, forward, before in self.replaced:
+            module.__dict__.pop("_replicate_for_data_parallel", None)
             for slot in ("forward", "_old_forward"):  # accelerate's hooks may have come or gone since
                 if module.__dict__.get(slot) == forward:
                     delattr(module, slot)
@@ -60,6 +80,7 @@ def patch_model(
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     strict: bool = False,
+    check: bool = True,
 ) -> PreTrainedModel:
     """Runs the decoder layers of ``model`` on the fused ops, in place, for this instance alone.
 
@@ -76,6 +97,8 @@ def patch_model(
         include, exclude: patterns (``fnmatch``) of the names that ``patch_report`` lists, such as
             "model.layers.3.attention" or "*.feedforward".
         strict: raise instead of warn where nothing could be fused.
+        check: hold each part against the unpatched model on 12 tokens (two short forwards), and leave unfused what
+            differs by more than rounding.
 
     Returns:
         ``model``.
@@ -118,19 +141,22 @@ def patch_model(
     patch.parts[decoder.head_path] = _fused(decoder.head_path, options, partial(FusedHead, _head(decoder)))
     patch.layers = list(layers.values())
 
-    if not patch.layers:
-        message = f"no decoder layer was patched: {next(iter(patch.parts.values()))}."
-        if strict:
-            raise InputError(message)
-        warnings.warn(message, stacklevel=2)
+    message = f"no decoder layer was patched: {next(iter(patch.parts.values()))}."
+    if strict and not patch.layers:
+        raise InputError(message)
+    modules = [part.module for part in patch.fused().values()]
+    calls = record(model, dict.fromkeys(modules)) if check else "check=False"
     model._slicegpt_fast_patch = patch  # type: ignore[assignment]
     try:
         patch.apply()
         for fused in patch.layers:
             fused.attach()
+        patch.hold_against(model, calls)
     except BaseException:
         unpatch_model(model)
         raise
+    if not patch.layers:
+        warnings.warn(message, stacklevel=2)
     return model
 
 
@@ -159,7 +185,8 @@ def patch_report(model: PreTrainedModel) -> PatchReport:
     patch = _patch_of(model)
     if patch is None:
         raise InputError("the model is not patched: call patch_model first.")
-    return PatchReport(tuple(_row(name, part, asked_for(patch.options[0])) for name, part in patch.parts.items()))
+    rows = tuple(_row(name, part, asked_for(patch.options[0])) for name, part in patch.parts.items())
+    return PatchReport(rows, patch.check)
 
 
 def op_requests(model: PreTrainedModel) -> Requests:
@@ -176,7 +203,7 @@ def op_requests(model: PreTrainedModel) -> Requests:
 
 
 def _row(name: str, part: FusedSublayer | FusedHead | str, backend: str) -> PartReport:
-    reason = part if isinstance(part, str) else "training mode" if part.module.training else part.changed()
+    reason = part if isinstance(part, str) else "training mode" if part.module.training else part.unfused()
     if isinstance(part, str) or reason is not None:
         return PartReport(name, "", "", "", reason)
     decode, prefill = _backends(part.requests(), backend)
@@ -200,7 +227,7 @@ def _fused(
         part = fuse(backend)
     except NotFusable as reason:
         return str(reason)
-    if part.offloaded():
+    if part.absent():
         return "its weights are offloaded"
     _backends(part.requests(), backend)  # raises where the backend cannot run here
     return part

@@ -5,8 +5,8 @@ they came with, and nothing hung on them. ``check_code`` and ``check_parameters`
 patched; a ``Guard`` remembers what they saw. Weights have their own check (``packing``), the epsilon of a norm is read
 where it is used.
 
-A guard is a handful of comparisons of flat lists: 3 us for an attention of Llama's, 3 us for its gated network, on a
-server CPU where a whole layer's decode step takes some hundreds.
+A guard is a handful of comparisons of flat lists: with the look at the weights 9 us for a whole layer of Llama's, on a
+server CPU where its decode step takes some thousands.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ Forward = Callable[..., Tensor]
 Place = tuple[str, nn.Module, str]  # a module's path in its layer, its parent, and its name there
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+SLOTS = ("forward", "_old_forward")  # where a module keeps a forward of its own; accelerate's hooks move it
 GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(getattr(torch_module, f"_global{hooks}") for hooks in HOOKS)
 LINEARS = (nn.Linear, Conv1D)  # what computes x W^T + b and nothing else, beside Falcon's own of the same formula
 ACTIVATION_CODE = ("torch.nn", "transformers.activations")
@@ -63,17 +64,18 @@ class Guard:
         self._modules = [cast(nn.Module, slots[name]) for slots, name in self._slots]
         self._all = [*self._modules, *others]
         self._hooks = [getattr(module, hooks) for module in self._modules for hooks in HOOKS]
-        self._owns = [module.__dict__ for module in self._modules]
         own = [
             module.__dict__ | ({forward_slot(module): forwards[module]} if module in forwards else {})
             for module in self._modules
         ]
-        self._forwards = [_own_forwards(each) for each in own]
+        self._forwards = [each.get(slot) for slot in SLOTS for each in own]
         self._dropouts = [module for module in self._modules if isinstance(module, nn.Dropout)]
         self._gone: str | None = None
-        self._remember_classes()
+        self._remember()
 
-    def _remember_classes(self) -> None:
+    def _remember(self) -> None:
+        """Take what a copy has anew: its modules' attributes, and classes that cannot be pickled."""
+        self._owns = [module.__dict__ for module in self._modules]
         self._classes = [type(module) for module in self._all]
         self._codes = [_code(cls) for cls in dict.fromkeys(self._classes)]
 
@@ -98,7 +100,7 @@ class Guard:
             return reason
         if any(self._hooks) and any(foreign(hooks) for hooks in self._hooks):
             return "a hook on one of its modules"
-        if [(own.get("forward"), own.get("_old_forward")) for own in self._owns] != self._forwards:
+        if [own.get(slot) for slot in SLOTS for own in self._owns] != self._forwards:
             return "one of its modules got another forward"
         for dropout in self._dropouts:
             if dropout.training:
@@ -106,20 +108,16 @@ class Guard:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without classes and their functions, which are not always pickled; a change of them stays a change."""
-        return self.__dict__ | {"_gone": self.replaced(), "_classes": None, "_codes": None}
+        """Without what a copy takes anew; a class that was changed by then stays changed."""
+        return self.__dict__ | {"_gone": self.replaced(), "_owns": None, "_classes": None, "_codes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._remember_classes()
+        self._remember()
 
 
 def _code(cls: type[nn.Module]) -> tuple[type[nn.Module], object, object]:
     return cls, cls.forward, cls.__call__
-
-
-def _own_forwards(own: dict[str, Any]) -> tuple[Any, Any]:
-    return own.get("forward"), own.get("_old_forward")
 
 
 def foreign(hooks: dict[int, Callable[..., Any]]) -> bool:
@@ -152,6 +150,23 @@ def infers(module: nn.Module, x: Tensor) -> bool:
 def forward_slot(module: nn.Module) -> str:
     """The attribute that holds what a module runs: accelerate puts its own ``forward`` before it."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+class Replicas:
+    """What ``nn.DataParallel`` asks a patched module for: a replica with other weights, which runs unfused."""
+
+    def __init__(self, module: nn.Module, forward: Forward) -> None:
+        self.module = module
+        self.forward = forward
+
+    def make(self) -> nn.Module:
+        """``module._replicate_for_data_parallel()``."""
+        replica = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[operator]
+        del replica.__dict__["_replicate_for_data_parallel"]
+        for slot in SLOTS:
+            if replica.__dict__.get(slot) == self.forward:
+                del replica.__dict__[slot]
+        return replica
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -252,9 +267,9 @@ def places(layer: nn.Module, sublayer: Sublayer) -> Iterator[Place]:
     paths: list[str] = []
     for branch in sublayer.branches:
         paths += [branch.norm, *branch.modules, *branch.readers, *branch.writers]
-        if branch.activation is not None:  # nothing in a feed-forward network runs by itself
-            paths += [branch.activation]
-            paths += [f"{p}.{name}" for p in branch.modules for name, _ in at(layer, p).named_modules() if name]
+        paths += [branch.activation] if branch.activation is not None else []
+        # What stands inside is gone around, or stands behind a projection that hands something else on than it did.
+        paths += [f"{p}.{name}" for p in branch.modules for name, _ in at(layer, p).named_modules() if name]
     shortcut = shortcut_name(sublayer)
     if getattr(layer, shortcut, None) is not None:
         paths += [shortcut, *(f"{shortcut}.{name}" for name, _ in at(layer, shortcut).named_children())]

@@ -41,17 +41,13 @@ class FusedHead:
         ((decode, _),) = requests("norm_linear", weight, (weight.shape[0], weight.shape[1]))
         return [(decode, None)]
 
-    def offloaded(self) -> bool:
+    def absent(self) -> bool:
         """True where the weight is not here."""
         return self.module.weight.device.type == "meta"
 
-    def changed(self) -> str | None:
+    def unfused(self) -> str | None:
         """What has happened to the head that its fused form would not honour, or None; hooks run around it."""
         return self.refused or self.guard.replaced() or self._unlike_a_weight()
-
-    def refresh(self) -> str | None:
-        """None: its weight is read where it lies."""
-        return None
 
     def _unlike_a_weight(self) -> str | None:
         weight = self.module._parameters.get("weight")
@@ -62,7 +58,7 @@ class FusedHead:
     def forward(self, x: Tensor) -> Tensor:
         linear, shape = self.module, x.shape[:-1]
         rows = shape.numel()
-        if not 0 < rows <= DECODE_ROWS or not infers(linear, x) or self.changed() is not None:
+        if not 0 < rows <= DECODE_ROWS or not infers(linear, x) or self.unfused() is not None:
             return type(linear).forward(linear, x)
         x = x.reshape(rows, -1)  # the final norm has been done
         y = norm_linear(x, linear.weight, linear.bias, *normalised(x), backend=self.backend)

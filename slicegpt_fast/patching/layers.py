@@ -47,8 +47,8 @@ from slicegpt_fast.patching.guards import (
     is_known,
     places,
 )
-from slicegpt_fast.patching.packing import PackedWeight, norm_linear_of_parts
-from slicegpt_fast.slicing.layers import AlignedShortcut, WeightlessNorm, run_sublayer, shortcut_name
+from slicegpt_fast.patching.packing import PackedWeight, PackedWeights, norm_linear_of_parts
+from slicegpt_fast.slicing.layers import AlignedShortcut, WeightlessNorm, call_first, run_sublayer, shortcut_name
 
 # The classes of transformers that compute an activation of norm_linear.
 ACTIVATIONS = {
@@ -171,7 +171,7 @@ class FusedAttention(FusedBranch):
 
     def __init__(self, layer: nn.Module, branch: Branch, down: nn.Linear | None, backend: str) -> None:
         super().__init__(layer, branch, down, backend)
-        self.keyword = branch.keyword
+        self.branch = branch
         for path in branch.modules[1:]:
             if not isinstance(at(layer, path), nn.Dropout):
                 raise NotFusable(f"{path} follows the attention")
@@ -184,8 +184,7 @@ class FusedAttention(FusedBranch):
     def run(self, h: Tensor, sumsq: Tensor | None, layer_arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
         call = running.attention = AttentionCall(self, h, sumsq)
         try:
-            given = () if self.keyword else (h,)
-            output = self.module(*given, **{self.keyword: h} if self.keyword else {}, **layer_arguments)
+            output = call_first(self.module, self.branch, h, layer_arguments)
         finally:
             running.attention = None
         heads, attention_weights = output[:2] if isinstance(output, tuple) else (output, None)
@@ -239,14 +238,15 @@ class FusedSublayer:
         ]
         self.forwards = {k: v for branch in self.branches for k, v in branch.forwards.items()}
         self.guard = Guard(places(layer, sublayer), self.forwards)
-        self._packed = [packed for branch in self.branches for packed in (branch.reader, branch.writer)]
+        packed = [packed for branch in self.branches for packed in (branch.reader, branch.writer)]
         self._unbiased = []  # the parameters of the shortcut's layers, whose biases the ops do not know
         for module in () if self.shortcut is None else self.shortcut.modules():
             if isinstance(module, nn.Linear):
                 self._unbiased.append(module._parameters)
                 if module is not down:
-                    self._packed.append(PackedWeight([Weight(module)]))
-        reason = next(filter(None, (packed.refusal() for packed in self._packed)), None)
+                    packed.append(PackedWeight([Weight(module)]))
+        self.weights = PackedWeights(packed)
+        reason = self.weights.refusal()
         if reason is not None:
             raise NotFusable(reason)
 
@@ -269,9 +269,13 @@ class FusedSublayer:
             return cast(Tensor, self.shortcut.weight).shape[1], "dense"
         return (0, "add") if self.shortcut.down is None else (self.shortcut.down.out_features, "low rank")
 
-    def offloaded(self) -> bool:
+    def absent(self) -> bool:
         """True where a weight is not here."""
-        return any(packed.absent() for packed in self._packed)
+        return self.weights.absent()
+
+    def unfused(self) -> str | None:
+        """Why the sublayer would run unfused now, or None."""
+        return self.changed() or self.weights.refusal()
 
     def changed(self) -> str | None:
         """What has happened to the sublayer that its fused form would not honour, or None."""
@@ -279,19 +283,6 @@ class FusedSublayer:
         if reason is None and any(parameters.get("bias") is not None for parameters in self._unbiased):
             reason = "its shortcut got a bias"
         return reason
-
-    def refresh(self) -> str | None:
-        """Lay the weights out where they are not; return why that cannot be, or None."""
-        for packed in self._packed:
-            reason = packed.refresh()
-            if reason is not None:
-                return reason
-        return None
-
-    def release(self) -> None:
-        """Give the parameters memory of their own."""
-        for packed in self._packed:
-            packed.unpack()
 
     def __call__(self, h: Tensor, sumsq: Tensor | None, layer_arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
         """h [B, T, d], its rows' sums of squares [M] or None -> h' [B, T, d'], its own, and the attention weights."""
@@ -326,6 +317,7 @@ class FusedLayer:
         self.layer = layer
         self.architecture = architecture
         self.sublayers: dict[str, FusedSublayer] = {}
+        self.refused: str | None = None  # why it is not to run
         self.guard = Guard((), {}, (layer,))
         self.forwards: dict[nn.Module, Forward] = {layer: self.forward}
         self._loading: RemovableHandle | None = None
@@ -338,25 +330,25 @@ class FusedLayer:
     def _refresh(self, *_: Any) -> None:
         for sublayer in self.sublayers.values():
             if sublayer.changed() is None:
-                sublayer.refresh()
+                sublayer.weights.refresh()
 
     def release(self) -> None:
         """Give the parameters memory of their own; whoever kept ``forward`` may call it."""
         if self._loading is not None:
             self._loading.remove()
         for sublayer in self.sublayers.values():
-            sublayer.release()
+            sublayer.weights.unpack()
         self.sublayers.clear()
 
     def forward(self, hidden_states: Tensor, *positional: Any, **layer_arguments: Any) -> Any:
         layer, architecture = self.layer, self.architecture
-        if not infers(layer, hidden_states) or self.guard.replaced() is not None:
+        if self.refused is not None or not infers(layer, hidden_states) or self.guard.replaced() is not None:
             return type(layer).forward(layer, hidden_states, *positional, **layer_arguments)
         layer_arguments.update(zip(architecture.positional, positional, strict=False))
         attention_weights = sumsq = None
         for sublayer in architecture.sublayers:
             fused = self.sublayers.get(sublayer.name)
-            if fused is not None and fused.changed() is None and fused.refresh() is None:
+            if fused is not None and fused.changed() is None and fused.weights.refresh() is None:
                 hidden_states, sumsq, weights_here = fused(hidden_states, sumsq, layer_arguments)
             else:
                 hidden_states, weights_here = run_sublayer(layer, sublayer, hidden_states, **layer_arguments)

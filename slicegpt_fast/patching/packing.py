@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -24,17 +25,16 @@ class PackedWeight:
 
     The parameters become views of the matrix: their names, shapes and values stay, no memory is added, and whoever
     writes into them writes into the matrix. Whoever replaces a parameter or moves the model leaves the matrix behind:
-    ``refresh`` then packs it again.
+    it must then be packed again.
     """
 
     def __init__(self, weights: list[Weight]) -> None:
         """``weights``: what is packed, in order."""
         self.weights = weights
-        self.matrix = torch.empty(0)  # [n, d], as of the last refresh
+        self.matrix = torch.empty(0)  # [n, d], as it was packed
         self.bias: Tensor | None = None  # [n], zero where a weight has none; None where none has one
-        self._slots: list[Slot] = [(w.owner._parameters, name) for w in weights for name in (w.name, "bias")]
+        self.slots: list[Slot] = [(w.owner._parameters, name) for w in weights for name in (w.name, "bias")]
         self._shapes = [weight.matrix.shape for weight in weights]
-        self._packed: list[Any] = []
 
     def rows(self) -> list[slice]:
         """Which rows each weight takes."""
@@ -45,23 +45,9 @@ class PackedWeight:
         """The weights [out, in] as they are now, and their biases."""
         return [weight.matrix for weight in self.weights], [weight.bias for weight in self.weights]
 
-    def refresh(self) -> str | None:
-        """Pack what no longer lies in the matrix; return why that cannot be, or None.
-
-        A compiled graph cannot see where a parameter's memory lies; it reads the parameters themselves.
-        """
-        if torch.compiler.is_compiling():
-            return self.refusal()
-        if self._packed == self._state():
-            return None
-        reason = self.refusal()
-        if reason is None:
-            self.pack()
-        return reason
-
     def refusal(self) -> str | None:
         """Why the weights, as they are now, cannot be one matrix of the ops, or None."""
-        found = [parameters.get(name) for parameters, name in self._slots]
+        found = [parameters.get(name) for parameters, name in self.slots]
         if any(parameter is None for parameter in found[::2]):
             return "one of its weights is no parameter of its module"
         present = [parameter for parameter in found if parameter is not None]
@@ -79,10 +65,6 @@ class PackedWeight:
         shared = any(parameter.is_shared() for parameter in present)
         return "its weights are in shared memory" if shared and stacked(self.parts()[0]) is None else None
 
-    def absent(self) -> bool:
-        """True where a weight is not here, but on the device "meta"."""
-        return any(p is not None and p.device.type == "meta" for p in (slots.get(name) for slots, name in self._slots))
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def pack(self) -> None:
@@ -91,7 +73,44 @@ class PackedWeight:
         matrix, bias = joined(parts, biases)
         for weight, rows in zip(self.weights, self.rows(), strict=True):
             weight.view_of(matrix[rows], None if bias is None else bias[rows])
-        self.matrix, self.bias, self._packed = matrix, bias, self._state()
+        self.matrix, self.bias = matrix, bias
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, whose parameters stand by themselves until they are packed."""
+        return self.__dict__ | {"matrix": torch.empty(0), "bias": None}
+
+
+class PackedWeights:
+    """All the packed weights of a sublayer, whose parameters are looked at in one pass."""
+
+    def __init__(self, packed: Iterable[PackedWeight]) -> None:
+        self._packed = list(packed)
+        self._slots = [slot for each in self._packed for slot in each.slots]
+        self._state: list[Any] = []
+
+    def refresh(self) -> str | None:
+        """Pack where parameters no longer lie as they were packed; return why that cannot be, or None.
+
+        A compiled graph cannot see where a parameter's memory lies; it reads the parameters themselves.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._state == self._where():
+            return None
+        reason = self.refusal()
+        if reason is None and not compiling:
+            for packed in self._packed:
+                packed.pack()
+            self._state = self._where()
+        return reason
+
+    def refusal(self) -> str | None:
+        """Why the weights, as they are now, cannot be packed, or None."""
+        return next((reason for packed in self._packed if (reason := packed.refusal()) is not None), None)
+
+    def absent(self) -> bool:
+        """True where a weight is not here, but on the device "meta"."""
+        found = [parameters.get(name) for parameters, name in self._slots]
+        return any(parameter is not None and parameter.device.type == "meta" for parameter in found)
 
     def unpack(self) -> None:
         """Give every parameter memory of its own again, laid out as it was before."""
@@ -102,13 +121,13 @@ class PackedWeight:
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, whose parameters stand by themselves until they are packed."""
-        return self.__dict__ | {"matrix": torch.empty(0), "bias": None, "_packed": []}
+        """Of a copy, which is packed at its first use."""
+        return self.__dict__ | {"_state": []}
 
-    def _state(self) -> list[Any]:
-        """Where the parameters lie, and how."""
+    def _where(self) -> list[Any]:
+        """Where each parameter lies, and what tells other views of the same memory from it."""
         return [
-            (p.data_ptr(), p.shape, p.stride()) if type(p := parameters.get(name)) is Parameter else type(p)
+            (p.data_ptr(), len(p), p.is_contiguous()) if type(p := parameters.get(name)) is Parameter else type(p)
             for parameters, name in self._slots
         ]
 

@@ -25,6 +25,7 @@ class PatchReport:
     """One row per sublayer and one for the language head; prints as a table."""
 
     rows: tuple[PartReport, ...]
+    check: str  # how the parts were held against the code that they replace
 
     @property
     def fused(self) -> int:
@@ -37,4 +38,4 @@ class PatchReport:
             table.add_row(row.layer, row.ops, row.decode, row.prefill, row.reason or "")
         text = StringIO()
         Console(file=text, width=160).print(table)
-        return f"{text.getvalue()}{self.fused} of {len(self.rows)} fused"
+        return f"{text.getvalue()}{self.fused} of {len(self.rows)} fused; {self.check}"

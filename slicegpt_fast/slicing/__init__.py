@@ -7,13 +7,14 @@ from typing import Unpack
 from transformers import PreTrainedModel
 
 from slicegpt_fast.slicing.bases import Bases, align, find_bases, refit_readers
+from slicegpt_fast.slicing.batches import Batch, batch_list
 from slicegpt_fast.slicing.cuts.budget import CutResult, cut_to_budget
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
 from slicegpt_fast.slicing.options import SliceArguments, SliceOptions
-from slicegpt_fast.slicing.plan import SlicePlan, block_parameters, fit_widths, make_plan
+from slicegpt_fast.slicing.plan import SlicePlan, block_parameters, dense_sizes, fit_widths, make_plan
 from slicegpt_fast.slicing.rotation import apply_bases
+from slicegpt_fast.slicing.selfcheck import check_layers
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
-from slicegpt_fast.slicing.walk import Batch
 
 __all__ = [
     "Bases",
@@ -26,6 +27,7 @@ __all__ = [
     "apply_bases",
     "block_parameters",
     "cut_to_budget",
+    "dense_sizes",
     "find_bases",
     "first_plan",
     "fit_bases",
@@ -39,6 +41,7 @@ def slice_model(
     model: PreTrainedModel,
     calibration: Iterable[Batch],
     *,
+    check: bool = True,
     progress: bool = True,
     **options: Unpack[SliceArguments],
 ) -> PreTrainedModel:
@@ -52,7 +55,9 @@ def slice_model(
 
     Args:
         model: a dense transformers causal language model in fp32, bf16 or fp16.
-        calibration: token batches: [B, T] integer tensors, or mappings with ``input_ids`` and ``attention_mask``.
+        calibration: token batches, as :func:`slicegpt_fast.token_batches` makes them: [B, T] integers, or mappings with
+            ``input_ids`` and ``attention_mask``.
+        check: compare every decoder layer, rotated but not cut, with the dense one on a few calibration tokens first.
         progress: show progress bars.
         options: the fields of :class:`slicegpt_fast.SliceOptions`, by name: one of ``sparsity``, ``target_params`` and
             ``widths``; with the second ``cut``, ``budget``, ``uniform``; and ``basis``,
@@ -64,8 +69,9 @@ def slice_model(
     """
     chosen = SliceOptions(**options)
     if chosen.axes:
-        return cut_to_budget(model, calibration, chosen, progress=progress).model
-    return apply_bases(model, fit_bases(model, calibration, chosen, progress=progress), progress=progress)
+        return cut_to_budget(model, calibration, chosen, check=check, progress=progress).model
+    bases = fit_bases(model, calibration, chosen, check=check, progress=progress)
+    return apply_bases(model, bases, progress=progress)
 
 
 def fit_bases(
@@ -73,12 +79,15 @@ def fit_bases(
     calibration: Iterable[Batch],
     options: SliceOptions,
     *,
+    check: bool = True,
     storage: Storage = IN_MEMORY,
     progress: bool = True,
 ) -> Bases:
     """Return the bases that :func:`slice_model` applies: all of its work but the slicing itself."""
-    calibration = list(calibration)
+    calibration = batch_list(calibration)
     plan = first_plan(model, options)
+    if check and storage is IN_MEMORY:  # weights from files stand in modules that nobody touched
+        check_layers(model, calibration)
     if options.schedule == "variance":
         spectra = find_bases(model, calibration, plan, storage=storage.of("spectra"), progress=progress).spectra
         plan = fit_widths(model, plan, spectra, options)

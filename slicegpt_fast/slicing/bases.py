@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder, Site, at, evaluating
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
+from slicegpt_fast.slicing.batches import Batch
 from slicegpt_fast.slicing.layers import norm_eps, rstd
 from slicegpt_fast.slicing.plan import SlicePlan
+from slicegpt_fast.slicing.range import StreamRange
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
-from slicegpt_fast.slicing.walk import Batch, Stream, enter, visit, without_mean
+from slicegpt_fast.slicing.walk import Stream, enter, visit, without_mean
 
 REFIT_DAMPING = 0.01  # of the mean diagonal of X^T X
 
@@ -91,9 +93,10 @@ def find_bases(
     unfinished = storage.tensors("covariance")  # of the sites so far, where the next one shares their basis
     with evaluating(model):
         stream = enter(decoder, calibration, storage, at_least=max(plan.widths))
+        stream_range = StreamRange(model.dtype)
         for site in visit(decoder, storage, "calibrating", progress=progress):
             covariance = unfinished.pop() if unfinished else _square(plan.full_width, stream.device)
-            _add_covariance_(covariance, stream, site, plan)
+            _add_covariance_(covariance, stream, site, plan, stream_range)
             deleted = None
             if site.sublayer is None or plan.has_shortcut(site.number):
                 width = plan.widths[site.number]
@@ -104,13 +107,17 @@ def find_bases(
             else:
                 unfinished.append(covariance)
             stream.advance(site, deleted)
+    stream_range.warn()
     return Bases(plan, matrices, torch.stack(list(spectra)), stream.tokens)
 
 
-def _add_covariance_(covariance: Tensor, stream: Stream, site: Site, plan: SlicePlan) -> None:
+def _add_covariance_(
+    covariance: Tensor, stream: Stream, site: Site, plan: SlicePlan, stream_range: StreamRange
+) -> None:
     """Add the covariance of the plan's signal at a site to ``covariance`` [D, D]."""
     for states, mask in stream.batches():
         rows = states.flatten(0, 1)
+        stream_range.see(rows, site.norm_path)
         normalized = plan.signal == "normalized"
         scale = rstd(rows, plan.full_width, norm_eps(site.norm)).squeeze(1) if normalized else None
         covariance_(covariance, rows, scale, mask)

@@ -6,6 +6,7 @@ quantizer registered here, which narrows it, and fills it from safetensors.
 """
 
 import math
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -14,11 +15,12 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slicegpt_fast.architectures import Decoder
+from slicegpt_fast.architectures import Decoder, architecture_of
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.layers import narrow_
 from slicegpt_fast.slicing.plan import SlicePlan, check_plan
+from slicegpt_fast.slicing.trust import check_class
 
 METHOD = "slicegpt"
 
@@ -31,13 +33,20 @@ class SliceConfig(QuantizationConfigMixin):
 
     Attributes:
         calibration_tokens: how many tokens the bases were fitted to.
+        loading: a quantizer narrows the model that is being built with this config.
     """
+
+    loading = False
 
     def __init__(self, calibration_tokens: int, quant_method: str = METHOD, **plan: Any) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' enum holds its own methods only
         self.calibration_tokens = calibration_tokens
         for name, value in vars(SlicePlan(**plan)).items():  # a TypeError where these are not its fields
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field by its name: transformers reads the block of a config that it is given as a dictionary."""
+        return getattr(self, name, default)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -76,14 +85,23 @@ def slice_config_of(model_or_config: Any) -> SliceConfig | None:
 class SliceQuantizer(HfQuantizer):
     """Narrows the skeleton of a sliced model before its weights are loaded. Nothing is quantised."""
 
+    def __init__(self, quantization_config: SliceConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        quantization_config.loading = True
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         assert isinstance(self.quantization_config, SliceConfig)
+        del self.quantization_config.loading
+        check_class(model)
         plan = self.quantization_config.plan()
         check_plan(plan, Decoder(model))
         narrow_(model, plan)
         check_weights(model, checkpoint_files or [])
+        if plan.basis is not None:
+            ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(guard_name(model))}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         # From here on it is an ordinary model: .float(), training and saving must not treat it as a quantised one.
@@ -98,15 +116,20 @@ class SliceQuantizer(HfQuantizer):
         return True
 
 
+def guard_name(model: PreTrainedModel) -> str:
+    """The name of the final norm's weight in a dense model; with a sliced one, an empty tensor is stored under it."""
+    return f"{architecture_of(model.config).final_norm}.weight"
+
+
 def check_weights(model: PreTrainedModel, files: list[str]) -> None:
     """Hold the tensors of safetensors ``files`` against the parameters of ``model``, reading headers only.
 
     transformers stores some tensors under other names or split (experts), so what is missing is found by counting.
 
     Raises:
-        InputError: a file is damaged, a tensor is missing or has another shape.
+        InputError: a file is damaged, a tensor is missing or has another shape, or the weights are a dense model's.
     """
-    stored = {}
+    stored: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
@@ -122,6 +145,11 @@ def check_weights(model: PreTrainedModel, files: list[str]) -> None:
                 f"the checkpoint's {name} has shape {stored[name]}, its config asks for {expected[name]}: the files do "
                 "not belong together."
             )
+    if guard_name(model) not in expected and 0 not in stored.get(guard_name(model), (0,)):
+        raise InputError(
+            f"the checkpoint holds {guard_name(model)}, so its weights are a dense model's, but its config is a sliced "
+            "one's: the files do not belong together."
+        )
     if files and sum(map(math.prod, stored.values())) < sum(map(math.prod, expected.values())):
         missing = sorted(expected.keys() - stored.keys())
         raise InputError(f"the checkpoint lacks weights (such as {missing[0]}): copy or write it again.")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Architecture, Branch, Decoder, Sublayer, Weight, at, weights
+from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.cuts.narrow import narrow_layers_
 from slicegpt_fast.slicing.plan import SlicePlan
 
@@ -30,6 +31,21 @@ class WeightlessNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # [..., d] -> [..., d]
         return (hidden_states * rstd(hidden_states, self.full_width, self.eps)).to(hidden_states.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightlessNorm":
+        """Copy the norm with the model around it; alone it is copied by adapters that want to train the copy.
+
+        Raises:
+            InputError: it is copied alone.
+        """
+        if not memo:
+            raise InputError(
+                "the norms of a sliced model have no weight to train, it is folded into the linear layers that read "
+                "them: adapt those (LoRA), not the norms (LNTuning, modules_to_save)."
+            )
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def extra_repr(self) -> str:
         return f"full_width={self.full_width}, eps={self.eps}"
@@ -89,12 +105,20 @@ def norm_eps(norm: nn.Module) -> float:
     return cast(float, norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
+def call_first(module: nn.Module, branch: Branch, normalised: Tensor, layer_arguments: dict[str, Any]) -> Any:
+    """The first module of a branch on x [B, T, d], called as the family calls it."""
+    if not branch.takes_layer_arguments:
+        return module(normalised)
+    named = {name: value for name, value in layer_arguments.items() if name not in branch.withheld}
+    if branch.keyword is None:
+        return module(normalised, **named)
+    return module(**{branch.keyword: normalised}, **named)
+
+
 def run_branch(layer: nn.Module, branch: Branch, normalised: Tensor, **layer_arguments: Any) -> tuple[Tensor, Any]:
     """``module(x)`` of one branch, and the attention weights where it attends: x [B, T, d] -> [B, T, d']."""
     first, *others = branch.modules
-    given = () if branch.keyword else (normalised,)
-    named = {branch.keyword: normalised} if branch.keyword else {}
-    output = at(layer, first)(*given, **named, **layer_arguments if branch.takes_layer_arguments else {})
+    output = call_first(at(layer, first), branch, normalised, layer_arguments)
     output, attention_weights = output[:2] if isinstance(output, tuple) else (output, None)
     for path in others:
         output = at(layer, path)(output)

@@ -1,12 +1,13 @@
 """What a slice is asked for: its options, once, and the checks of them that need no model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypedDict, TypeGuard, cast, get_args
+from numbers import Real
+from typing import Literal, TypedDict, cast, get_args
 
 import torch
 
-from slicegpt_fast.errors import InputError, check_choice
+from slicegpt_fast.errors import InputError, check_choice, is_whole
 from slicegpt_fast.kernels.regimes import TILE
 
 Basis = Literal["per-norm", "shared"] | int
@@ -96,13 +97,13 @@ class SliceOptions:
         if sum(value is not None for value in (self.sparsity, self.target_params, self.widths)) != 1:
             raise InputError("give exactly one of sparsity, target_params and widths.")
         for name in ("sparsity", "target_params"):
-            if not isinstance(share := getattr(self, name), int | float | None):
+            if not isinstance(share := getattr(self, name), Real | None):
                 raise InputError(f"{name} must be a number, not {share!r}.")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity must be at least 0 and below 1, not {self.sparsity}.")
         if self.target_params is not None and not 0 < self.target_params <= 1:
             raise InputError(f"target_params must be above 0 and at most 1, not {self.target_params}.")
-        if not isinstance(self.widths, Sequence | None):
+        if not isinstance(self.widths, Iterable | None):
             raise InputError(f"widths must be a list with the size of every norm site, not {self.widths!r}.")
 
     def _check_cut(self) -> None:
@@ -146,11 +147,11 @@ class SliceOptions:
         """Return what kept sizes are multiples of for a model on ``device``."""
         if self.round_to == "auto":
             return TILE.get(device.type, TILE["cpu"])
-        return ROUND_TO if self.round_to is None else self.round_to
+        return ROUND_TO if self.round_to is None else int(self.round_to)
 
     def cut_step(self, axis: Axis, device: torch.device) -> int:
         """Return what the sizes of a cut along ``axis`` are multiples of."""
-        if isinstance(self.round_to, int) and axis != "values":
+        if is_whole(self.round_to) and axis != "values":
             return self.round_to
         return STEPS[axis].get(device.type, STEPS[axis]["cpu"])
 
@@ -176,8 +177,3 @@ class SliceArguments(TypedDict, total=False):
     refit: bool
     round_to: RoundTo | None
     slice_head: bool
-
-
-def is_whole(number: object) -> TypeGuard[int]:
-    """Whether ``number`` is an integer, which True and False are not."""
-    return isinstance(number, int) and not isinstance(number, bool)

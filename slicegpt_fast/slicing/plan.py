@@ -8,15 +8,17 @@ product of the two bases.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Decoder, at, weights
-from slicegpt_fast.errors import InputError
+from slicegpt_fast.errors import InputError, is_whole
 from slicegpt_fast.slicing.cuts.narrow import channels_of
-from slicegpt_fast.slicing.options import Basis, Shortcut, Signal, SliceOptions, is_whole
+from slicegpt_fast.slicing.options import Axis, Basis, Shortcut, Signal, SliceOptions
+from slicegpt_fast.slicing.trust import check_trusted
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,15 @@ class SlicePlan:
     channels: tuple[int, ...] = ()
     values: tuple[int, ...] = ()
     tied: bool = False
+
+    def sizes(self, axis: Axis) -> tuple[int, ...]:
+        """Return the sizes kept along an axis: of each site, or of each decoder layer where any of it is cut."""
+        return {"stream": self.widths, "channels": self.channels, "values": self.values}[axis]
+
+    @property
+    def cuts_layers(self) -> bool:
+        """Whether anything but the residual stream is cut."""
+        return bool(self.channels or self.values)
 
     def has_shortcut(self, site: int) -> bool:
         """Whether the stream changes its basis between ``site`` and the next one."""
@@ -90,15 +101,14 @@ def make_plan(model: PreTrainedModel, options: SliceOptions) -> SlicePlan:
             raise InputError(
                 f"the code of {model.config.model_type} models holds the stream to one width: use slice_head=True."
             )
-        return SlicePlan(
-            options.stream_basis, options.signal, full, sizes, groups, options.shortcut, options.shortcut_rank
-        )
+        basis, rank = _plain(options.stream_basis), _plain(options.shortcut_rank)
+        return SlicePlan(basis, options.signal, full, sizes, groups, options.shortcut, rank)
 
     def uniform(width: int) -> SlicePlan:
         return plan(*[width] * (sites - 1), width if options.slices_head else full)
 
     if options.widths is not None:
-        made = plan(*options.widths)
+        made = plan(*map(_plain, options.widths))
         check_plan(made, decoder)
         return made
     if (sparsity := options.sparsity) is not None:
@@ -237,9 +247,8 @@ def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
             f"the plan (the quantization_config of a sliced model) gives tied {plan.tied!r}, which takes a model whose "
             "head is its embedding table, and a sliced stream: the config was changed."
         )
-    limits = {"channels": [*channels_of(decoder)], "values": [decoder.heads.size] * len(decoder.layers)}
-    for name, largest in limits.items():
-        sizes = getattr(plan, name)
+    for name, largest in dense_sizes(decoder).items():
+        sizes = plan.sizes(name)
         if sizes != () and not (
             isinstance(sizes, tuple)
             and len(sizes) == len(largest)
@@ -251,18 +260,29 @@ def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
             )
 
 
+def dense_sizes(decoder: Decoder) -> dict[Axis, list[int]]:
+    """Return the size of each decoder layer of a dense model along the axes that have one per layer."""
+    return {"channels": channels_of(decoder), "values": [decoder.heads.size] * len(decoder.layers)}
+
+
 def _groups(basis: Basis, sites: int, head_is_sliced: bool) -> tuple[int, ...]:
     """The basis of each site: k consecutive groups of equal length; a head that is not sliced has its own."""
     sliced = sites if head_is_sliced else sites - 1
-    number = {"per-norm": sliced, "shared": 1}.get(basis, basis)  # type: ignore[arg-type]
-    if not isinstance(number, int) or isinstance(basis, bool) or not 1 <= number <= sliced:
+    number = {"per-norm": sliced, "shared": 1}.get(basis) if isinstance(basis, str) else basis
+    if not is_whole(number) or not 1 <= number <= sliced:
         raise InputError(f"basis must be 'per-norm', 'shared' or a number of groups from 1 to {sliced}, not {basis!r}.")
+    number = int(number)
     groups = [site * number // sliced for site in range(sliced)]
     return tuple(groups if head_is_sliced else [*groups, number])
 
 
+def _plain(number: Any) -> Any:
+    """Numpy's integers as Python's, which a config can hold; anything else as it is."""
+    return int(number) if is_whole(number) else number
+
+
 def check_sliceable(decoder: Decoder) -> None:
-    """Raise InputError unless a model can be sliced: a dense one of plain layers in one place."""
+    """Raise InputError unless a model can be sliced: a dense one of plain layers, on one device."""
     model = decoder.model
     block = getattr(model.config, "quantization_config", None)
     method = getattr(block, "quant_method", block.get("quant_method") if isinstance(block, dict) else None)
@@ -282,12 +302,4 @@ def check_sliceable(decoder: Decoder) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"{name} has dtype {parameter.dtype}: load the model in float32, bfloat16 or float16.")
-    for site, sublayer in decoder.sublayers():
-        for branch in sublayer.branches:
-            for weight in weights(site.part, branch.readers + branch.writers):
-                if weight.name not in weight.owner._parameters:
-                    found = type(weight.owner)
-                    raise InputError(
-                        f"{site.path}.{branch.modules[0]} holds a {found.__module__}.{found.__name__}, "
-                        "not a plain linear layer: merge adapters before slicing."
-                    )
+    check_trusted(decoder)

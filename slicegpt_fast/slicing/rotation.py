@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder, Weight, at, weights
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.format import SliceConfig
+from slicegpt_fast.slicing.integration import mark_sliced
 from slicegpt_fast.slicing.layers import MappedEmbedding, MappedNorm, copy_rest_, empty_copy, narrow_, shortcut_name
 from slicegpt_fast.slicing.plan import check_plan
+from slicegpt_fast.slicing.range import check_range
 
 
 @torch.inference_mode(False)  # its weights could not be trained
@@ -41,7 +43,7 @@ def outline(dense: Decoder, bases: Bases) -> Decoder:
     check_plan(bases.plan, dense)
     sliced = empty_copy(dense.model)
     narrow_(sliced, bases.plan)
-    sliced.config.quantization_config = SliceConfig.from_bases(bases)
+    mark_sliced(sliced, dense.model, SliceConfig.from_bases(bases))
     return Decoder(sliced)
 
 
@@ -98,7 +100,16 @@ def rotations(dense: Decoder, sliced: Decoder, bases: Bases) -> list[tuple[tuple
         copy_rest_(sliced.head, dense.head)
 
     layer_calls = [partial(rotate_layer, index) for index in range(len(dense.layers))]
-    return list(zip(parts(dense), [rotate_embeddings, *layer_calls, rotate_head], strict=True))
+    calls: list[Callable[[], None]] = [rotate_embeddings, *layer_calls, rotate_head]
+    return [
+        (paths, partial(_rotate_checked, rotate, sliced.model, paths))
+        for paths, rotate in zip(parts(dense), calls, strict=True)
+    ]
+
+
+def _rotate_checked(rotate: Callable[[], None], sliced: PreTrainedModel, paths: tuple[str, ...]) -> None:
+    rotate()
+    check_range(sliced, paths)
 
 
 def _exact(weight: Tensor) -> Tensor:

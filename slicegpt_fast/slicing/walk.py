@@ -1,6 +1,6 @@
 """Calibration tokens on their way through the dense model, one norm site at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,10 +12,9 @@ from tqdm.auto import tqdm
 
 from slicegpt_fast.architectures import Decoder, Site
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.layers import normalise, run_branches
 from slicegpt_fast.slicing.storage import Storage
-
-Batch = Tensor | Mapping[str, Tensor]
 
 
 @dataclass
@@ -84,12 +83,12 @@ def enter(decoder: Decoder, calibration: Iterable[Batch], storage: Storage, *, a
     """Embed the calibration batches.
 
     Raises:
-        InputError: a malformed batch, token ids beyond the vocabulary, or fewer than ``at_least`` tokens.
+        InputError: as of :func:`checked`, or there are fewer than ``at_least`` tokens.
     """
     storage.check(decoder.model)
     with storage.loaded(*decoder.embeddings, decoder.sites[-1].path):
         device = next(iter(decoder.embeddings.values())).weight.device
-        batches = checked(calibration, decoder.model.config.vocab_size, device)
+        batches = list(checked(calibration, decoder.model.config, device))
         masks = [batch["attention_mask"].bool().flatten() for batch in batches]
         tokens = sum(int(mask.sum()) for mask in masks)
         if tokens < at_least:
@@ -107,40 +106,6 @@ def enter(decoder: Decoder, calibration: Iterable[Batch], storage: Storage, *, a
             layer_arguments.append(by_mask.setdefault((mask.shape, mask.cpu().numpy().tobytes()), arguments))
     counted = [None if mask.all() else mask for mask in masks]
     return Stream(states, counted, layer_arguments, tokens, device, decoder.architecture.centered)
-
-
-def checked(calibration: Iterable[Batch], vocab_size: int, device: torch.device) -> list[dict[str, Tensor]]:
-    """The calibration batches as ``input_ids`` and ``attention_mask``, both [B, T], on the device.
-
-    Raises:
-        InputError: a malformed batch, or token ids beyond the vocabulary.
-    """
-    return [_checked(batch, index, vocab_size, device) for index, batch in enumerate(calibration)]
-
-
-def _checked(batch: Batch, index: int, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
-    """One calibration batch as ``input_ids`` and ``attention_mask``, both [B, T], on the model's device."""
-    name = f"calibration batch {index}"
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        raise InputError(
-            f"{name} must be a tensor of token ids or a mapping with input_ids, not {type(batch).__name__}."
-        )
-    ids = torch.atleast_2d(batch["input_ids"])
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else torch.atleast_2d(mask)
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise InputError(f"{name}: input_ids must be integers of shape [B, T], not {ids.dtype} {list(ids.shape)}.")
-    if mask.shape != ids.shape:
-        raise InputError(f"{name}: attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}.")
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if wrong.numel():
-        raise InputError(
-            f"{name} holds token id {int(wrong[0])}, but the model's vocabulary has {vocab_size}: use the model's own "
-            "tokenizer."
-        )
-    return {"input_ids": ids.to(device, torch.long), "attention_mask": mask.to(device)}
 
 
 def _embed(decoder: Decoder, batch: dict[str, Tensor]) -> tuple[Tensor, list[dict]]:

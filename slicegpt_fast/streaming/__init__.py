@@ -29,8 +29,10 @@ from slicegpt_fast.architectures import Decoder, architecture_of, at
 from slicegpt_fast.checkpoint import check_space, check_writable, checkpoint_folder, from_pretrained
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing import Bases, SliceArguments, SliceOptions, first_plan, fit_bases
+from slicegpt_fast.slicing.batches import Batch, checked
+from slicegpt_fast.slicing.card import write_card
+from slicegpt_fast.slicing.integration import guard_tensor
 from slicegpt_fast.slicing.rotation import outline, rotations
-from slicegpt_fast.slicing.walk import Batch, checked
 from slicegpt_fast.streaming.memory import FREE_SHARE, Activations, activations_device, estimate, free_memory
 from slicegpt_fast.streaming.shards import INDEX, Shards, empty_model
 from slicegpt_fast.streaming.storage import FolderStorage, write_json
@@ -52,7 +54,8 @@ def slice_checkpoint(
 ) -> Bases:
     """Slice the checkpoint in ``source`` into ``folder`` with no more than one decoder layer in memory.
 
-    The weights are those that ``save_model(slice_model(load_model(source), ...), folder)`` writes. Until they are
+    It slices the residual stream alone: cuts take gradients of the whole model, so ``target_params`` needs a ``basis``
+    here. The weights are those that ``save_model(slice_model(load_model(source), ...), folder)`` writes. Until they are
     complete they stand in a work folder beside ``folder``; the same call, after it was killed, goes on from there. To
     know that nothing has changed since, every call hashes the checkpoint's files.
 
@@ -66,7 +69,7 @@ def slice_checkpoint(
         activations: where they are kept between two layers: on the ``"device"``, in host ``"memory"``, on ``"disk"``;
             ``"auto"`` takes the first that they fit into.
         progress: say what will be needed, and show progress bars.
-        options: as for :func:`slicegpt_fast.slice_model`.
+        options: as for :func:`slicegpt_fast.slice_model`, without those of a cut.
 
     Returns:
         The bases, with their plan and spectra but without their matrices.
@@ -79,10 +82,15 @@ def slice_checkpoint(
     check_writable(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = SliceOptions(**options)
-    asked = replace(asked, round_to=asked.step(device))  # the model itself is on the meta device
+    if asked.axes:
+        raise InputError(
+            "target_params without a basis cuts by gradients, which slicing from file to file does not compute: give "
+            "basis='shared' or another, or slice in memory with slice_model."
+        )
+    asked = replace(asked, basis=asked.stream_basis, round_to=asked.step(device))  # the model is on the meta device
     checkpoint = checkpoint_folder(source)
     model = _empty_model(checkpoint, dtype)
-    batches = checked(calibration, model.config.vocab_size, torch.device("cpu"))
+    batches = list(checked(calibration, model.config, torch.device("cpu")))
     needs = estimate(model, first_plan(model, asked), batches, asked)
     shards = Shards(checkpoint, model, device)
     kept_on = activations_device(activations, device, needs)
@@ -151,6 +159,7 @@ def _write(
                 rotate()
             filled = (at(sliced, path).state_dict(prefix=f"{path}.") for path in paths)
             tensors = revert_weight_conversion(sliced, {name: each for part in filled for name, each in part.items()})
+            tensors |= guard_tensor(sliced) if number == len(calls) else {}
             beside = file.with_suffix(".partial")
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
             beside.replace(file)
@@ -162,6 +171,7 @@ def _write(
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     sliced.config.architectures = [type(sliced).__name__]
     sliced.config.save_pretrained(folder)
+    write_card(folder, sliced)
     if sliced.can_generate():
         sliced.generation_config.save_pretrained(folder)
     if tokenizer is not None:

@@ -34,8 +34,11 @@ class Source:
 
 def empty_model(folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, its parameters on the meta device, in the checkpoint's dtype or another."""
+    block = vars(config).pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or _dtype(_files(folder)[0]))
+    if block is not None:
+        model.config.quantization_config = block
     model.tie_weights()
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)

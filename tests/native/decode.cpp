@@ -21,31 +21,6 @@ Element element_at(const uint16_t* at) {
   return {offset / kStride, offset % kStride};
 }
 
-void rows_of_tiles(int64_t scaled, int64_t unscaled, bool gated) {
-  const int64_t stored = gated ? scaled / 2 : scaled;
-  Cells rows("each row of the weight is in one tile", scaled + unscaled);
-  Cells columns("each column of y is in one tile", stored + unscaled);
-  for (int64_t number = 0; number < norm_tiles(scaled, unscaled, gated); ++number) {
-    const NormTile tile = norm_tile(number, scaled, unscaled, gated);
-    for (int half = 0; half < 2; ++half) {
-      for (int index = 0; index < tile.count[half]; ++index) {
-        const int64_t row = tile.first[half] + index;
-        rows.take(row);
-        expect(tile.scaled == (row < scaled), "a tile's rows are all scaled or all unscaled", row, number);
-        if (gated && tile.scaled && half == 1) {
-          expect(row == tile.first[0] + index + stored, "a gate stands beside its up", row, number);
-          continue;
-        }
-        const int64_t column = tile.column + half * kHalfRows + index;
-        columns.take(column);
-        expect(column == (row < scaled ? row : row - scaled + stored), "a row's column", row, column);
-      }
-    }
-  }
-  rows.expect_all();
-  columns.expect_all();
-}
-
 // All lanes' loads of a matrix of `width` columns, of which element e of load v is at where(lane, k, v, e): k is the
 // first of the lane's eight in its chunk.
 template <class ShareOf, class Where>
@@ -217,10 +192,7 @@ void plans() {
 int main() {
   for (bool gated : {false, true}) {
     for (int64_t scaled : {0, 2, 34, 64, 66, 130, 200}) {
-      for (int64_t unscaled : {0, 1, 40, 64, 70}) {
-        rows_of_tiles(scaled, unscaled, gated);
-        loads_of_halves(scaled, unscaled, gated, 75);
-      }
+      for (int64_t unscaled : {0, 1, 40, 64, 70}) loads_of_halves(scaled, unscaled, gated, 75);
     }
   }
   for (int64_t n : {1, 17, 64, 70, 136}) {

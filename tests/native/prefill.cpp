@@ -189,12 +189,6 @@ void sizes() {
       }
     }
   }
-  for (int width : kWidths) {
-    const int tile = tiles_across(width, kMaxSize, 0, true) - 1;
-    const Columns columns = columns_of(width, tile, kMaxSize, 0, true);
-    expect(columns.first[0] + columns.count[0] == kMaxSize / 2, "the last gate", columns.first[0], columns.count[0]);
-    expect(columns.first[1] + columns.count[1] == kMaxSize, "the last up", columns.first[1], columns.count[1]);
-  }
   expect(steps_in(1) == 1 && steps_in(64) == 1 && steps_in(65) == 2, "steps", steps_in(65));
   expect(steps_in(kMaxSize) == kMaxSize / kStep, "the most steps", steps_in(kMaxSize));
   // 2872 columns: 256 leaves a third of the second wave idle at M = 2048.

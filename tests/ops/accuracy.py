@@ -29,6 +29,13 @@ def double(x: object) -> object:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
+def apart(x: object) -> object:
+    """The same arguments as contiguous tensors, beside which there is nothing that torch's own matmul could read."""
+    if isinstance(x, tuple):
+        return tuple(map(apart, x))
+    return x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x
+
+
 def random(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device=device) * scale).to(dtype)
 

@@ -123,27 +123,34 @@ def test_covariance_reaches_the_device_check(extras, on_host):
         cuda.covariance_(acc, x, *((torch.ones(70), torch.ones(70) > 0) if extras else (None, None)))
 
 
+def at_256(rows, columns, stride=None):
+    """What a launcher asks of a tensor, of one that no memory stands behind."""
+    return SimpleNamespace(data_ptr=lambda: 256, shape=(rows, columns), stride=lambda: (stride or columns, 1))
+
+
 @with_cuda
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"M": 17}, "does not take these sizes"),
-        ({"M": 0}, "does not take these sizes"),
-        ({"K": 0}, "does not take these sizes"),
+        ({"h": at_256(17, 8)}, "does not take these sizes"),
+        ({"h": at_256(0, 8)}, "does not take these sizes"),
+        ({"h": at_256(2, 0)}, "does not take these sizes"),
         ({"dtype": 0}, "does not take these sizes"),
         ({"activation": 5}, "does not take these sizes"),
-        ({"scaled": 7, "activation": 4}, "does not take these sizes"),
-        ({"y": 0}, "null pointer"),
-        ({"plan": (3, 1 << 20, 1 << 20)}, "does not take these sizes"),
-        ({"plan": (16, 1 << 20, 1 << 20)}, "does not take these sizes"),
-        ({"plan": (4, 0, 0)}, "workspace or the counters"),
-        ({"plan": (4, 1 << 20, 1 << 20)}, "workspace or the counters"),
+        ({"weight": at_256(7, 8), "activation": 4}, "does not take these sizes"),
+        ({"unscaled": 9}, "does not take these sizes"),
+        ({"y": None}, "null pointer"),
+        ({"splits": 3}, "does not take these sizes"),
+        ({"splits": 16}, "does not take these sizes"),
+        ({"splits": 4}, "workspace or the counters"),
+        ({"splits": 4, "workspace": at_256(1, 1 << 20)}, "workspace or the counters"),
+        ({"splits": 4, "workspace": at_256(1, 16), "counters": at_256(1, 16)}, "workspace or the counters"),
     ],
 )
 def test_launcher_refuses(change, message):
     arguments = dict(
-        h=256, stride_h=8, weight=256, stride_weight=8, bias=0, sumsq=0, y=256, stride_y=8, M=2, scaled=8, unscaled=0,
-        K=8, eps=0.0, inverse_width=1.0, activation=0, dtype=1, plan=(1, 0, 0), workspace=0, counters=0, stream=0,
+        h=at_256(2, 8), weight=at_256(8, 8), bias=None, sumsq=None, y=at_256(2, 8), unscaled=0, eps=0.0, full_width=1.0,
+        activation=0, dtype=1, splits=1, workspace=None, counters=None, stream=0,
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         _C.cuda_norm_linear(*(arguments | change).values())
@@ -163,23 +170,23 @@ def test_plans_fill_the_gpu():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"M": 0}, "does not take these sizes"),
-        ({"M": (1 << 30) + 1}, "does not take these sizes"),
-        ({"K": 0}, "does not take these sizes"),
-        ({"scaled": 0}, "does not take these sizes"),
+        ({"h": at_256(0, 8)}, "does not take these sizes"),
+        ({"h": at_256((1 << 30) + 1, 8)}, "does not take these sizes"),
+        ({"h": at_256(17, 0)}, "does not take these sizes"),
+        ({"weight": at_256(0, 8)}, "does not take these sizes"),
         ({"dtype": 0}, "does not take these sizes"),
         ({"activation": 5}, "does not take these sizes"),
-        ({"scaled": 7, "activation": 4}, "does not take these sizes"),
+        ({"weight": at_256(7, 8), "activation": 4}, "does not take these sizes"),
         ({"sms": 0}, "does not take these sizes"),
-        ({"h": 0}, "null pointer"),
-        ({"sumsq": 0}, "null pointer"),
-        ({"stride_h": 9}, "not aligned"),
+        ({"h": None}, "null pointer"),
+        ({"sumsq": None}, "null pointer"),
+        ({"h": at_256(17, 8, 9)}, "not aligned"),
     ],
 )
 def test_prefill_launcher_refuses(change, message):
     arguments = dict(
-        h=256, stride_h=8, weight=256, stride_weight=8, bias=0, sumsq=256, y=256, stride_y=8, M=17, scaled=8,
-        unscaled=0, K=8, eps=0.0, inverse_width=1.0, activation=0, dtype=1, sms=132, stream=0,
+        h=at_256(17, 8), weight=at_256(8, 8), bias=None, sumsq=at_256(1, 17), y=at_256(17, 8), unscaled=0, eps=0.0,
+        full_width=1.0, activation=0, dtype=1, sms=132, stream=0,
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         _C.cuda_norm_linear_prefill(*(arguments | change).values())
@@ -189,19 +196,18 @@ def test_prefill_launcher_refuses(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n": 0}, "does not take these sizes"),
-        ({"K2": -1}, "does not take these sizes"),
-        ({"sumsq": 0}, "null pointer"),
-        ({"workspace": 0}, "workspace"),
-        ({"workspace_cells": 16}, "workspace"),
-        ({"stride_a": 4}, "not aligned"),
+        ({"weight": at_256(0, 8)}, "does not take these sizes"),
+        ({"a2": at_256(17, -1)}, "does not take these sizes"),
+        ({"sumsq": None}, "null pointer"),
+        ({"workspace": None}, "workspace"),
+        ({"workspace": at_256(1, 16)}, "workspace"),
+        ({"a": at_256(17, 8, 4)}, "not aligned"),
     ],
 )
 def test_residual_prefill_launcher_refuses(change, message):
     arguments = dict(
-        a=256, stride_a=8, weight=256, stride_weight=8, a2=0, stride_a2=0, weight2=0, stride_weight2=0,
-        weight2_along_n=True, bias=0, residual=0, stride_residual=0, y=256, stride_y=8, sumsq=256, M=17, n=8, K=8,
-        K2=0, dtype=2, sms=132, workspace=256, workspace_cells=17, stream=0,
+        a=at_256(17, 8), weight=at_256(8, 8), bias=None, residual=None, a2=None, weight2=None, y=at_256(17, 8),
+        sumsq=at_256(1, 17), dtype=2, sms=132, workspace=at_256(1, 17), stream=0,
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         _C.cuda_residual_linear_prefill(*(arguments | change).values())

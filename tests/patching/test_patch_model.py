@@ -427,6 +427,27 @@ def test_a_plain_export(tmp_path):
     assert close(logits(model, ids), expected)
 
 
+def test_no_rows_for_the_head(model):
+    patch_model(model.requires_grad_(False))
+    for keep in (torch.tensor([], dtype=torch.long), slice(0, 0)):
+        assert model(tokens(2, 9), logits_to_keep=keep).logits.shape == (2, 0, VOCABULARY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_of_other_tensors_stays_as_it_is(dtype):
+    class Quantised(torch.Tensor):
+        pass
+
+    model = tiny_model(dtype=dtype)
+    expected = logits(model, tokens(2, 9))
+    weight = model.lm_head.weight.detach().as_subclass(Quantised)
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    report = patch_report(patch_model(model))
+    assert report.rows[-1].reason == f"its weight is quantised or of dtype {dtype}"
+    assert report.fused == 6
+    assert torch.equal(logits(unpatch_model(model), tokens(2, 9)), expected)
+
+
 def test_a_copy_is_patched_for_itself(model):
     ids = tokens(2, 9)
     patch_model(model)

@@ -2,11 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from models import VOCABULARY, tiny_model, tokens
+from transformers import BatchEncoding
 
-from slicegpt_fast import InputError
+from slicegpt_fast import InputError, perplexity, slice_model
 from slicegpt_fast.ops import covariance_
 from slicegpt_fast.slicing import SliceOptions, find_bases, fit_bases, make_plan
 from slicegpt_fast.slicing.bases import principal_components
@@ -122,11 +124,12 @@ def test_a_forward_that_somebody_set_comes_back():
     def fail(*_):
         raise RuntimeError("no positions")
 
-    find_bases(model, [tokens(4, 32)], make_plan(model, SliceOptions(sparsity=0.3)), progress=False)
+    plan = make_plan(tiny_model(), SliceOptions(sparsity=0.3))
+    find_bases(model, [tokens(4, 32)], plan, progress=False)
     assert vars(layer)["forward"] is own
     model.model.rotary_emb.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="no positions"):
-        find_bases(model, [tokens(4, 32)], make_plan(model, SliceOptions(sparsity=0.3)), progress=False)
+        find_bases(model, [tokens(4, 32)], plan, progress=False)
     assert vars(layer)["forward"] is own
     assert "forward" not in vars(model.model.layers[0])
 
@@ -171,12 +174,58 @@ def test_dropout_plays_no_part():
         ([tokens(2, 3, 4)], r"input_ids must be integers of shape \[B, T\], not torch.int64 \[2, 3, 4\]"),
         (["some text"], r"batch 0 must be a tensor of token ids or a mapping with input_ids, not str"),
         ([{"input_ids": tokens(2, 32), "attention_mask": torch.ones(2, 31)}], r"attention_mask has shape \[2, 31\]"),
+        (
+            [{"input_ids": tokens(2, 32), "attention_mask": torch.full((2, 32), -1e9)}],
+            r"calibration: batch 0: attention_mask must hold 1 for tokens and 0 for padding, and nothing else",
+        ),
+        ([{"input_ids": tokens(2, 32), "attention_mask": "all"}], r"batch 0: attention_mask cannot be made a tensor"),
+        ([{"ids": tokens(2, 32)}], r"batch 0 must be a tensor of token ids or a mapping with input_ids, not dict"),
+        (
+            [BatchEncoding({"input_ids": [[1, 2, 3], [4]]})],
+            r"batch 0: input_ids cannot be made a tensor \(.*all rows",
+        ),
+        ([[["some", "text"]]], r"batch 0: input_ids cannot be made a tensor"),
+        ([np.ones((2, 32))], r"batch 0: input_ids must be integers of shape \[B, T\], not torch.float64"),
+        ([tokens(2, 32), tokens(0, 32)], r"batch 1 is empty \(input_ids have shape \[0, 32\]\): leave it out"),
+        ([[]], r"batch 0: input_ids must be integers|batch 0 is empty"),
+        (tokens(96), r"batch 0: input_ids must be integers of shape \[B, T\], not torch.int64 \[\]"),
+        (None, r"^calibration must be a list of batches of token ids, not a single NoneType: make them with token_b"),
+        ("some text", r"^calibration must be a list of batches of token ids, not a single str"),
+        (BatchEncoding({"input_ids": [[1] * 64]}), r"^calibration must be a list .*, not a single BatchEncoding"),
     ],
 )
 def test_bad_calibration_is_named(calibration, message):
     model = tiny_model()
     with pytest.raises(InputError, match=message):
         find_bases(model, calibration, make_plan(model, SliceOptions(sparsity=0.3)), progress=False)
+    with pytest.raises(InputError, match=message):
+        slice_model(model, calibration, sparsity=0.3, progress=False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "phi", "gpt-neox", "falcon-rw"])
+def test_more_tokens_than_positions(family):
+    """A table of positions has an end; rotary angles and slopes have none."""
+    model = tiny_model(family, max_position_embeddings=128)
+    plan = make_plan(model, SliceOptions(sparsity=0.3, slice_head=True))
+    assert find_bases(model, [tokens(1, 128)], plan, progress=False).tokens == 128
+    if family not in ("gpt2", "opt"):
+        assert find_bases(model, [tokens(1, 129)], plan, progress=False).tokens == 129
+        return
+    message = "batch 1 has sequences of 129 tokens, but the model has 128 positions: cut them shorter"
+    with pytest.raises(InputError, match=message):
+        find_bases(model, [tokens(1, 9), tokens(1, 129)], plan, progress=False)
+    with pytest.raises(InputError, match=message):
+        perplexity(model, [tokens(1, 9), tokens(1, 129)])
+
+
+@torch.no_grad()
+def test_calibration_in_other_forms():
+    model, ids = tiny_model(), tokens(4, 32)
+    plan = make_plan(model, SliceOptions(sparsity=0.3))
+    expected = find_bases(model, [ids], plan, progress=False).spectra
+    padded = {"input_ids": ids.tolist(), "attention_mask": [[1] * 32] * 4}
+    for each in (ids.int(), ids.numpy(), ids.numpy().astype(np.uint16), ids.tolist(), BatchEncoding(padded)):
+        assert torch.equal(find_bases(model, [each], plan, progress=False).spectra, expected)
 
 
 def test_activations_that_are_not_finite_name_the_layer():

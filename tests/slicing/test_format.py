@@ -37,6 +37,7 @@ def test_from_pretrained_gives_back_the_same_model(family, basis, dtype, tmp_pat
     assert torch.equal(loaded(tokens(2, 9)).logits, sliced(tokens(2, 9)).logits)
     assert loaded.state_dict().keys() == sliced.state_dict().keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -1,21 +1,25 @@
 """Kept sizes: the published rounding, the parameter budget, and every refusal."""
 
+import numpy as np
+import peft
 import pytest
 import torch
-from models import FAMILIES, tiny_model, tokens
+from models import FAMILIES, VOCABULARY, tiny_model, tokens
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from slicegpt_fast import InputError, slice_model
 from slicegpt_fast.architectures import Decoder, architecture_of
-from slicegpt_fast.slicing import SliceOptions, block_parameters, make_plan
+from slicegpt_fast.slicing import SliceOptions, block_parameters, make_plan, slice_config_of
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,12 @@ def test_shortcuts_are_products_of_bases():
             {"sparsity": 0.1, "basis": "pca"},
             "basis must be 'per-norm', 'shared' or a number of groups from 1 to 6, not 'pca'",
         ),
+        ({"sparsity": 0.1, "basis": ["shared"]}, r"basis must be .*, not \['shared'\]"),
+        ({"sparsity": 0.1, "basis": 2.0}, r"basis must be .*, not 2\.0"),
+        ({"sparsity": torch.tensor(0.1)}, r"sparsity must be a number, not tensor\("),
+        ({"widths": 40}, r"widths must be a list with the size of every norm site, not 40"),
+        ({"widths": np.full(7, 40.0)}, r"the plan \(widths, .* does not fit"),
+        ({"widths": torch.full((7,), 40)}, r"the plan \(widths, .* does not fit"),
         ({"sparsity": 0.1, "signal": "output"}, "signal must be one of 'raw', 'normalized', not 'output'"),
     ],
 )
@@ -130,10 +140,65 @@ def test_bad_arguments_are_named(arguments, message):
         slice_model(tiny_model(), [tokens(4, 32)], progress=False, **arguments)
 
 
-def lora(model):
-    from peft import LoraConfig, get_peft_model
+@pytest.mark.parametrize(
+    ("of_numpy", "of_python"),
+    [
+        (dict(widths=list(np.full(7, 40))), dict(widths=[40] * 7)),
+        (dict(widths=np.full(7, 40)), dict(widths=[40] * 7)),
+        (dict(sparsity=np.float32(0.25)), dict(sparsity=0.25)),
+        (
+            dict(target_params=np.float32(0.75), basis="shared", round_to=np.int32(4)),
+            dict(target_params=0.75, basis="shared", round_to=4),
+        ),
+        (dict(sparsity=np.float16(0.25), basis=np.int64(3)), dict(sparsity=0.25, basis=3)),
+        (
+            dict(sparsity=0.25, shortcut="aligned", shortcut_rank=np.uint8(3)),
+            dict(sparsity=0.25, shortcut="aligned", shortcut_rank=3),
+        ),
+    ],
+)
+def test_numbers_of_numpy_are_numbers(of_numpy, of_python, tmp_path):
+    sliced = slice_model(tiny_model(), [tokens(4, 32)], progress=False, **of_numpy)
+    assert slice_config_of(sliced).plan() == make_plan(tiny_model(), SliceOptions(**of_python))
+    sliced.save_pretrained(tmp_path / "sliced")  # as JSON, which knows no numpy
 
-    return get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model()
+
+def adapted(config):
+    def adapt(model):
+        return peft.get_peft_model(model, config).get_base_model()
+
+    return adapt
+
+
+lora = adapted(peft.LoraConfig(target_modules=["q_proj"]))
+
+
+class Quantised(torch.Tensor):
+    """What quantisation libraries put into a parameter: another class of tensor, with a dtype as before."""
+
+
+def other_tensors(path):
+    def replace(model):
+        weight = model.get_submodule(path).weight.detach()
+        model.get_submodule(path).weight = nn.Parameter(weight.as_subclass(Quantised), requires_grad=False)
+        return model
+
+    return replace
+
+
+def normalised_weight(model):
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+    return model
+
+
+def gpt2_with_two_heads(_):
+    sizes = dict(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=64)
+    return GPT2DoubleHeadsModel(GPT2Config(**sizes)).eval()
+
+
+def with_a_probe(model):
+    model.probe = nn.Linear(48, 1)  # reads the stream, which will be narrower
+    return model
 
 
 def on_meta(model):
@@ -167,7 +232,28 @@ def already_sliced(model):
             spread_over_devices,
             r"is spread over several devices \(cpu, meta\): load it on one device, or slice from file",
         ),
-        (lora, r"model\.layers\.0\.self_attn holds a peft\.tuners\.lora\.layer\.Linear, not a plain linear layer"),
+        (lora, r"model\.layers\.0\.self_attn\.q_proj is a peft\.tuners\.lora\.layer\.Linear, not a torch\.nn"),
+        (
+            adapted(peft.LoraConfig(target_modules=["lm_head"])),
+            r"lm_head is a peft\..*Linear, not a .*adapters merged",
+        ),
+        (
+            adapted(peft.LoraConfig(target_modules=["embed_tokens"])),
+            r"embed_tokens is a peft\..*Embedding, not a",
+        ),
+        (adapted(peft.LNTuningConfig(task_type="CAUSAL_LM")), r"is a peft\..*, not a .*adapters merged"),
+        (normalised_weight, r"lm_head is a .*ParametrizedLinear, not a "),
+        (
+            other_tensors("lm_head"),
+            r"lm_head\.weight is a .*Quantised, not a plain parameter: slice the model before it is quant",
+        ),
+        (other_tensors("model.layers.1.mlp.up_proj"), r"up_proj\.weight is a .*Quantised, not a plain parameter"),
+        (other_tensors("model.norm"), r"model\.norm\.weight is a .*Quantised, not a plain parameter"),
+        (
+            gpt2_with_two_heads,
+            r"the model is a .*GPT2DoubleHeadsModel, and slicing knows the causal langu",
+        ),
+        (with_a_probe, r"probe is a .*Linear that a stock LlamaForCausalLM lacks"),
         (lambda model: model.model, "LlamaModel has no language head"),
         (lambda model: nn.Linear(3, 3), "model must be a transformers causal language model, not Linear"),
         (

@@ -16,7 +16,7 @@ from torch import Tensor
 from slicegpt_fast import _C
 from slicegpt_fast.kernels.counters import counters
 from slicegpt_fast.kernels.native import ACTIVATIONS, DTYPES, build_info
-from slicegpt_fast.kernels.operands import address, rows, rows_at, vector
+from slicegpt_fast.kernels.operands import has_rows, rows, rows_or_columns, vector
 from slicegpt_fast.kernels.regimes import DECODE_ROWS
 from slicegpt_fast.ops.covariance import OP as COVARIANCE
 from slicegpt_fast.ops.dispatch import HALF, Request
@@ -76,14 +76,12 @@ def covariance_(acc: Tensor, x: Tensor, row_scale: Tensor | None, mask: Tensor |
         for first in range(0, x.shape[0], step):
             part = slice(first, first + step)
             N = x[part].shape[0]
-            planes = x.new_empty(1 if row_scale is None else 3, N, -(-D // 8) * 8) if prepare else None
-            plan = _C.cuda_covariance_plan(N, D, multiprocessors(x.device))
-            workspace = torch.empty(plan[1], dtype=torch.float32, device=x.device)
+            planes = x.new_empty(N if row_scale is None else 3 * N, -(-D // 8) * 8) if prepare else None
+            splits, cells, _ = _C.cuda_covariance_plan(N, D, multiprocessors(x.device))
+            workspace = torch.empty(cells, dtype=torch.float32, device=x.device)
             _C.cuda_covariance(
-                address(x[part]), x.stride(0), N, D,
-                address(None if row_scale is None else row_scale[part]), address(None if mask is None else mask[part]),
-                address(planes), address(acc), acc.stride(0), acc.stride(1), DTYPES[acc.dtype], DTYPES[x.dtype],
-                plan, address(workspace), stream,
+                acc, x[part], None if row_scale is None else row_scale[part], None if mask is None else mask[part],
+                DTYPES[acc.dtype], DTYPES[x.dtype], splits, planes, workspace, stream,
             )  # fmt: skip
 
 
@@ -114,26 +112,24 @@ def norm_linear(
     bias, sumsq = vector(bias), vector(sumsq)
     (M, K), scaled = h.shape, weight.shape[0] - unscaled
     y = h.new_empty(M, (scaled // 2 if activation == "silu_gate" else scaled) + unscaled)
-    sizes, code = (M, scaled, unscaled, K), ACTIVATIONS[activation]
+    code, dtype = ACTIVATIONS[activation], DTYPES[h.dtype]
     if M > DECODE_ROWS:
         h, weight = copyable(h), copyable(weight)
         with on(h.device):
             stream = torch.cuda.current_stream().cuda_stream
             if sumsq is None and scaled:
                 sumsq = torch.empty(M, dtype=torch.float32, device=h.device)
-                _C.cuda_row_squares(*rows_at(h), M, K, sumsq.data_ptr(), DTYPES[h.dtype], stream)
+                _C.cuda_row_squares(h, sumsq, dtype, stream)
             _C.cuda_norm_linear_prefill(
-                *rows_at(h), *rows_at(weight), address(bias), address(sumsq), *rows_at(y),
-                *sizes, eps, 1.0 / full_width, code, DTYPES[h.dtype], multiprocessors(h.device), stream,
-            )  # fmt: skip
+                h, weight, bias, sumsq, y, unscaled, eps, full_width, code, dtype, multiprocessors(h.device), stream
+            )
         return y
-    plan = _C.cuda_norm_linear_plan(*sizes, code, multiprocessors(h.device))
-    workspace = torch.empty(plan[1], dtype=torch.float32, device=h.device)
+    splits, cells, counts = _C.cuda_norm_linear_plan(M, scaled, unscaled, K, code, multiprocessors(h.device))
+    workspace = torch.empty(cells, dtype=torch.float32, device=h.device)
     with on(h.device):
         _C.cuda_norm_linear(
-            *rows_at(h), *rows_at(weight), address(bias), address(sumsq), *rows_at(y),
-            *sizes, eps, 1.0 / full_width, code, DTYPES[h.dtype],
-            plan, workspace.data_ptr(), address(counters(plan[2], h.device)), torch.cuda.current_stream().cuda_stream,
+            h, weight, bias, sumsq, y, unscaled, eps, full_width, code, dtype,
+            splits, workspace, counters(counts, h.device), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return y
 
@@ -144,34 +140,31 @@ def residual_linear(
     """The op, for an a and a weight with elements."""
     a, weight, residual, bias = rows(a), rows(weight), rows(residual), vector(bias)
     (M, K), n = a.shape, weight.shape[0]
-    along_n = True
     if a2 is None or weight2 is None or a2.shape[1] == 0:
         a2 = weight2 = None
     else:
-        a2 = rows(a2)
-        along_n = weight2.stride(0) != 1  # else it is the transposed view of a linear layer's weight
-        weight2 = rows(weight2 if along_n else weight2.T)
-    y = a.new_empty(M, n)
+        a2, weight2 = rows(a2), rows_or_columns(weight2)
+    K2 = 0 if a2 is None else a2.shape[1]
+    y, dtype = a.new_empty(M, n), DTYPES[a.dtype]
     sumsq = torch.empty(M, dtype=torch.float32, device=a.device)
-    sizes = (M, n, K, 0 if a2 is None else a2.shape[1])
     if M > DECODE_ROWS:
-        a, weight, a2, weight2 = copyable(a), copyable(weight), copyable(a2), copyable(weight2)
+        a, weight, a2 = copyable(a), copyable(weight), copyable(a2)
+        if weight2 is not None:  # or the transposed view of a linear layer's weight
+            weight2 = copyable(weight2) if has_rows(weight2) else copyable(weight2.T).T
         cells = _C.cuda_residual_linear_prefill_workspace(M, n)
         workspace = torch.empty(cells, dtype=torch.float32, device=a.device)
         with on(a.device):
             _C.cuda_residual_linear_prefill(
-                *rows_at(a), *rows_at(weight), *rows_at(a2), *rows_at(weight2), along_n,
-                address(bias), *rows_at(residual), *rows_at(y), sumsq.data_ptr(), *sizes, DTYPES[a.dtype],
-                multiprocessors(a.device), workspace.data_ptr(), cells, torch.cuda.current_stream().cuda_stream,
+                a, weight, bias, residual, a2, weight2, y, sumsq, dtype,
+                multiprocessors(a.device), workspace, torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
         return y, sumsq
-    plan = _C.cuda_residual_linear_plan(*sizes, multiprocessors(a.device))
-    workspace = torch.empty(plan[1], dtype=torch.float32, device=a.device)
+    splits, cells, counts = _C.cuda_residual_linear_plan(M, n, K, K2, multiprocessors(a.device))
+    workspace = torch.empty(cells, dtype=torch.float32, device=a.device)
     with on(a.device):
         _C.cuda_residual_linear(
-            *rows_at(a), *rows_at(weight), *rows_at(a2), *rows_at(weight2), along_n, address(bias), *rows_at(residual),
-            *rows_at(y), sumsq.data_ptr(), *sizes, DTYPES[a.dtype],
-            plan, workspace.data_ptr(), address(counters(plan[2], a.device)), torch.cuda.current_stream().cuda_stream,
+            a, weight, bias, residual, a2, weight2, y, sumsq, dtype,
+            splits, workspace, counters(counts, a.device), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     return y, sumsq
 

@@ -15,17 +15,19 @@ from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Decoder, evaluating
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.slicing.bases import find_bases, refit_readers
+from slicegpt_fast.slicing.bases import Bases, find_bases, refit_readers
+from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.cuts.choice import Sizes, choose_sizes
 from slicegpt_fast.slicing.cuts.curve import Curve
 from slicegpt_fast.slicing.cuts.cutting import LayerCuts, cut_model, fit_cuts
 from slicegpt_fast.slicing.cuts.sensitivity import Sensitivity, measure_sensitivity, summed_loss
 from slicegpt_fast.slicing.cuts.stream import shared_basis, stream_curve
 from slicegpt_fast.slicing.format import SliceConfig
+from slicegpt_fast.slicing.integration import mark_sliced
 from slicegpt_fast.slicing.options import SliceOptions
 from slicegpt_fast.slicing.plan import SlicePlan, check_sliceable
 from slicegpt_fast.slicing.rotation import apply_bases
-from slicegpt_fast.slicing.walk import Batch, checked
+from slicegpt_fast.slicing.selfcheck import check_layers
 
 WIDTHS = 8  # of the stream that are tried below the full one, in steps of D / 32
 CONTENDERS = 3  # plans that are tried on held-out text, of those that may win
@@ -49,32 +51,48 @@ class CutResult:
         model: the cut model.
         plan: its sizes.
         trials: the plans that met the budget, the one that was taken first.
+        bases: what its stream was sliced by; None where the stream was left alone.
     """
 
     model: PreTrainedModel
     plan: SlicePlan
     trials: tuple[Trial, ...]
+    bases: Bases | None
 
 
 def cut_to_budget(
-    model: PreTrainedModel, calibration: Iterable[Batch], options: SliceOptions, *, progress: bool = True
+    model: PreTrainedModel,
+    calibration: Iterable[Batch],
+    options: SliceOptions,
+    *,
+    check: bool = True,
+    progress: bool = True,
 ) -> CutResult:
     """Return a copy of a dense model that stores what ``options`` ask for, cut wherever it costs least.
+
+    Args:
+        model: a dense causal language model; unchanged on return.
+        calibration: token batches, as for :func:`slicegpt_fast.slice_model`.
+        options: give ``target_params`` and what may be cut.
+        check: compare every decoder layer, rotated but not cut, with the dense one on a few calibration tokens first.
+        progress: show progress bars.
 
     Raises:
         InputError: the model cannot be sliced, the text is malformed or too short, or no sizes meet the budget.
     """
     decoder = Decoder(model)
     check_sliceable(decoder)
-    batches = [*checked(calibration, model.config.vocab_size, torch.device("cpu"))]
+    batches = [*checked(calibration, model.config, torch.device("cpu"))]
+    if check:
+        check_layers(model, batches)
     cuts, found = _fit(decoder, batches, options, progress)
     trials = [Trial(sizes) for sizes in found]
     contenders = [sizes for sizes in found if sizes.loss <= MARGIN * found[0].loss][:CONTENDERS]
     if len(contenders) > 1 and len(batches) >= HELD_OUT:
         trials = _compare(decoder, batches, options, [sizes.width for sizes in contenders], trials, progress)
     sizes = trials[0].sizes
-    made = cut_to_sizes(decoder, batches, cuts, sizes, progress=progress)
-    return CutResult(made, sizes.plan(decoder), tuple(trials))
+    made, bases = cut_to_sizes(decoder, batches, cuts, sizes, progress=progress)
+    return CutResult(made, sizes.plan(decoder), tuple(trials), bases)
 
 
 def cut_to_sizes(
@@ -84,8 +102,8 @@ def cut_to_sizes(
     sizes: Sizes,
     *,
     progress: bool = True,
-) -> PreTrainedModel:
-    """Return a copy of a dense model that keeps ``sizes``, its plan in its config.
+) -> tuple[PreTrainedModel, Bases | None]:
+    """Return a copy of a dense model that keeps ``sizes``, and the basis that its stream was sliced by, if it was.
 
     Args:
         decoder: the dense model.
@@ -95,14 +113,14 @@ def cut_to_sizes(
         progress: show progress bars.
     """
     cut = cut_model(decoder.model, cuts, sizes.channels, sizes.values)
-    plan = sizes.plan(decoder)
+    plan, bases = sizes.plan(decoder), None
     if plan.basis is not None:
         beside = replace(plan, channels=(), values=())  # what is cut already
         bases = refit_readers(cut, batches, find_bases(cut, batches, beside, progress=progress), progress=progress)
         cut = apply_bases(cut, bases, progress=progress)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    cut.config.quantization_config = SliceConfig(tokens, **vars(plan))
-    return cut
+    mark_sliced(cut, decoder.model, SliceConfig(tokens, **vars(plan)))
+    return cut, bases
 
 
 def _fit(
@@ -149,7 +167,7 @@ def _compare(
     cuts, found = _fit(decoder, fitted, options, progress)
     dense = mean_loss(decoder.model, rest)
     added = {
-        sizes.width: mean_loss(cut_to_sizes(decoder, fitted, cuts, sizes, progress=progress), rest) - dense
+        sizes.width: mean_loss(cut_to_sizes(decoder, fitted, cuts, sizes, progress=progress)[0], rest) - dense
         for sizes in found
         if sizes.width in widths
     }

@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder, Weight, at, evaluating, weights
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
+from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.layers import norm_eps, rstd
 from slicegpt_fast.slicing.storage import IN_MEMORY
-from slicegpt_fast.slicing.walk import Batch, checked
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def measure_sensitivity(model: PreTrainedModel, calibration: Iterable[Batch], *,
         InputError: no token to predict, token ids beyond the vocabulary, or statistics that are not finite.
     """
     IN_MEMORY.check(model)
-    batches = checked(calibration, model.config.vocab_size, model.device)
+    batches = list(checked(calibration, model.config, model.device))
     decoder = Decoder(model)
     writers, norms = _taps(decoder)
     first = decoder.layers[0]

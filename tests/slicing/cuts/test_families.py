@@ -37,7 +37,7 @@ def cut_family(family="llama", width=48, **options):
     first, *others = channels_of(Decoder(model))
     channels = (first, *(size - 16 for size in others))
     sizes = Sizes(width, channels, (8, 12, 8), 1.0, 0.0)
-    return cut_to_sizes(Decoder(model), BATCHES, fitted(model), sizes, progress=False)
+    return cut_to_sizes(Decoder(model), BATCHES, fitted(model), sizes, progress=False)[0]
 
 
 def branches(model, *, attending):

@@ -1,0 +1,122 @@
+"""``patch_model`` holds each fused part against the code that it replaces, on a few tokens.
+
+What the guards know of is a list, and lists of what can go wrong are never complete. So before anything is replaced one
+short forward records what each decoder layer and the head are given and what they make of it. Their fused forms then
+get the same inputs. A layer whose result differs is searched sublayer by sublayer; what differs stays unfused.
+
+It costs two forwards of 12 tokens in all: 0.1 s for a model of 135M parameters on 2 cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slicegpt_fast.architectures import evaluating
+from slicegpt_fast.errors import reason
+from slicegpt_fast.patching.guards import forward_slot
+from slicegpt_fast.patching.head import FusedHead
+from slicegpt_fast.patching.layers import FusedLayer
+from slicegpt_fast.slicing.layers import run_sublayer
+
+BATCH, LENGTH = 2, 6  # tokens of the check, the second sequence padded on its left
+
+
+@dataclass
+class Call:
+    """What a module was given, and what it made of it."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+    output: Tensor
+
+
+def record(model: PreTrainedModel, modules: Iterable[nn.Module]) -> dict[nn.Module, Call] | str:
+    """What each of ``modules`` does in one short forward of ``model``, or why there is none."""
+    parameter = next(model.parameters())
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return "weights are absent"
+    calls: dict[nn.Module, Call] = {}
+    slots = [(module, forward_slot(module)) for module in modules]
+    before = [module.__dict__.get(slot) for module, slot in slots]
+    ids = (torch.arange(BATCH * LENGTH, device=parameter.device) % model.config.vocab_size).view(BATCH, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1:, :2] = 0
+    try:
+        for module, slot in slots:
+            setattr(module, slot, _recording(calls, module, getattr(module, slot)))
+        with evaluating(model), torch.no_grad():
+            model(ids, attention_mask=mask, use_cache=False)
+    except Exception as error:
+        return f"the model does not run on a few tokens ({reason(error)})"
+    finally:
+        for (module, slot), forward in zip(slots, before, strict=True):
+            delattr(module, slot)
+            if forward is not None:
+                setattr(module, slot, forward)
+    return calls
+
+
+def _recording(calls: dict[nn.Module, Call], module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recording(*positional: Any, **named: Any) -> Any:
+        kept = tuple(value.clone() if isinstance(value, Tensor) else value for value in positional)
+        output = forward(*positional, **named)
+        calls[module] = Call(kept, named, _stream(output).clone())
+        return output
+
+    return recording
+
+
+def _stream(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def compare(
+    model: PreTrainedModel, layers: Iterable[FusedLayer], head: FusedHead | None, calls: dict[nn.Module, Call]
+) -> None:
+    """Refuse each fused part that does not compute what its module did in ``calls``."""
+    with evaluating(model):
+        for layer in layers:
+            call = calls.get(layer.layer)
+            if call is None or not call.output.isfinite().all():
+                continue
+            output = _stream(layer.forward(*call.positional, **call.named))
+            if differs(output, call.output, call.positional[0]):
+                _search(layer, call)
+        call = None if head is None else calls.get(head.module)
+        if head is not None and call is not None and call.output.isfinite().all():
+            output = head.forward(*call.positional, **call.named)
+            head.refused = differs(output, call.output, torch.zeros_like(call.output))
+
+
+def _search(layer: FusedLayer, call: Call) -> None:
+    """Refuse the sublayers of a layer that differ, each on the unfused result of those before it."""
+    h, *positional = call.positional
+    named = call.named | dict(zip(layer.architecture.positional, positional, strict=False))
+    for sublayer in layer.architecture.sublayers:
+        expected, _ = run_sublayer(layer.layer, sublayer, h, **named)
+        fused = layer.sublayers.get(sublayer.name)
+        if fused is not None and fused.changed() is None and fused.weights.refresh() is None:
+            fused.refused = differs(fused(h, None, named)[0], expected, h)
+        h = expected
+    reason = differs(h, call.output, call.positional[0])  # the layer is not the sum of its sublayers
+    if reason is not None:
+        layer.refused = reason
+        for fused in layer.sublayers.values():
+            fused.refused = reason
+
+
+def differs(output: Tensor, expected: Tensor, h: Tensor) -> str | None:
+    """A sentence where ``output`` is further from ``expected`` than rounding explains, given that h was added to."""
+    change = expected - h if h.shape == expected.shape else expected
+    eps = torch.finfo(expected.dtype).eps
+    error, norms = torch.dist(output.double(), expected.double()), (change.double().norm(), expected.double().norm())
+    if error <= (1e-3 + 4 * eps) * norms[0] + eps * norms[1]:
+        return None
+    return f"on a few tokens its result differs by {float(error / norms[0]):.1g} of what it adds to the stream"

@@ -1,0 +1,114 @@
+"""The README.md of a sliced model's folder: what it is, how it is loaded, what was measured."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from slicegpt_fast.architectures import architecture_of, at
+from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
+from slicegpt_fast.slicing.trust import stock_model
+
+FILE = "README.md"
+SEAL = "<!-- written by slicegpt-fast, sha256 "  # and the digest of all above it: an edited file is the user's
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+
+
+class Figure(NamedTuple):
+    """One measure of the dense and of the sliced model, as text."""
+
+    label: str
+    dense: str
+    sliced: str
+
+
+def write_card(folder: str | Path, model: PreTrainedModel, figures: Sequence[Figure] = ()) -> None:
+    """Write README.md for the sliced ``model`` into ``folder``, unless one stands there that somebody else wrote.
+
+    Args:
+        folder: where the model is saved.
+        model: sliced; its weights may be on the meta device.
+        figures: what was measured; those called "stored parameters", "in decoder blocks" or "bytes" replace what is
+            counted here.
+    """
+    slice_config = slice_config_of(model)
+    file = Path(folder) / FILE
+    if slice_config is None or (file.exists() and not _is_ours(file.read_bytes())):
+        return
+    rows = {figure.label.strip(): figure for figure in (*_sizes(model), *figures)}
+    text = _front_matter(model) + _body(model, slice_config, list(rows.values()))
+    file.write_text(f"{text}{SEAL}{_digest(text.encode())} -->\n", "utf-8")
+
+
+def base_of(model: Any) -> str | None:
+    """The hub id that a dense model was loaded from; None for a folder, which means nothing elsewhere."""
+    name = str(model.name_or_path)
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _is_ours(content: bytes) -> bool:
+    text, mark, rest = content.rpartition(SEAL.encode())
+    return bool(mark) and rest == f"{_digest(text)} -->\n".encode()
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
+
+
+def _front_matter(model: PreTrainedModel) -> str:
+    base = getattr(model.config, "sliced_from", None)
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- slicegpt", "- slicegpt-fast"]
+    return "\n".join(["---", *([f"base_model: {base}"] if base else []), *lines, "---", "", ""])
+
+
+def _body(model: PreTrainedModel, slice_config: SliceConfig, figures: Sequence[Figure]) -> str:
+    plan = slice_config.plan()
+    low, high, last = min(plan.widths[:-1]), max(plan.widths[:-1]), plan.widths[-1]
+    kept = str(low) if low == high else f"{low} to {high}"
+    shortcuts = f"{plan.shortcut} shortcuts" if len(set(plan.groups)) > 1 else "no shortcuts"
+    rank = "" if plan.shortcut_rank is None else f" of rank {plan.shortcut_rank} at most"
+    table = [f"| {label.strip()} | {dense} | {sliced} |" for label, dense, sliced in figures]
+    return "\n".join(
+        [
+            f"# {getattr(model.config, 'sliced_from', None) or model.config.model_type}, sliced",
+            "",
+            "A language model sliced to its principal components (SliceGPT, arXiv 2401.15024). transformers loads it",
+            "once the package `slicegpt-fast` is imported:",
+            "",
+            "```python",
+            "import slicegpt_fast",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path of this folder")',
+            "```",
+            "",
+            f"* Basis: {plan.basis}, fitted to the {plan.signal} signal of {slice_config.calibration_tokens} tokens.",
+            f"* Directions kept: {kept} of {plan.full_width}, {last} at the head; {shortcuts}{rank}.",
+            "",
+            "| | dense | sliced |",
+            "|---|---:|---:|",
+            *table,
+            "",
+            "",
+        ]
+    )
+
+
+def _sizes(model: PreTrainedModel) -> list[Figure]:
+    """What follows from the model alone; whether the dense one had its head tied is not recorded."""
+    layers = architecture_of(model.config).layers
+    dense, sliced = _blocks(stock_model(type(model), model.config), layers), _blocks(model, layers)
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    return [
+        Figure("stored parameters", "", f"{stored:,}"),
+        Figure("in decoder blocks", f"{dense:,}", f"{sliced:,} ({sliced / dense:.3f})"),
+        Figure("bytes", "", f"{size:,}"),
+    ]
+
+
+def _blocks(model: PreTrainedModel, layers: str) -> int:
+    return sum(parameter.numel() for parameter in at(model, layers).parameters())

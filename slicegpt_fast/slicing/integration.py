@@ -1,0 +1,88 @@
+"""What a sliced model needs of transformers and transformers has no registry for: two methods are wrapped on import.
+
+* ``PreTrainedModel.__init__`` refuses the config of a sliced model, for its dense skeleton would carry a plan that it
+  does not follow. ``from_pretrained``, which narrows the skeleton, passes.
+* ``PreTrainedModel.save_pretrained`` adds three things where the model is sliced: a model card; an empty tensor under
+  the name of the final norm's weight, whose shape stops every loader that does not know the plan; and the folder as
+  the model's name, which adapters record as their base.
+"""
+
+import functools
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from slicegpt_fast.errors import InputError
+from slicegpt_fast.slicing.card import base_of, write_card
+from slicegpt_fast.slicing.format import SliceConfig, guard_name, slice_config_of
+
+UNSAVED = "(sliced and not saved: call save_pretrained before adapting it)"
+
+_init, _save_pretrained = PreTrainedModel.__init__, PreTrainedModel.save_pretrained
+_saving = inspect.signature(_save_pretrained)
+
+
+def guard_tensor(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The empty tensor that is stored with a model of sliced stream, by its name; else its norms have weights."""
+    slice_config = slice_config_of(model)
+    if slice_config is None or slice_config.plan().basis is None:
+        return {}
+    return {guard_name(model): torch.empty(0, dtype=model.dtype)}
+
+
+def name_sliced(model: PreTrainedModel, name: str | None) -> None:
+    """Name a sliced model after the folder that it stands in; a dense one keeps its name."""
+    if slice_config_of(model) is not None:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.name_or_path = name
+        model.config.name_or_path = name
+
+
+def name_unsaved(model: PreTrainedModel) -> None:
+    """Name a sliced model that stands in no folder, so that an adapter does not take the dense model for its base."""
+    name_sliced(model, f"{model.name_or_path} {UNSAVED}".strip())
+
+
+def mark_sliced(sliced: PreTrainedModel, dense: PreTrainedModel, slice_config: SliceConfig) -> None:
+    """Let a sliced model's config carry its plan and, where that is on the hub, the dense model's name."""
+    sliced.config.quantization_config = slice_config
+    if base_of(dense):
+        sliced.config.sliced_from = base_of(dense)
+    name_unsaved(sliced)
+
+
+@functools.wraps(_init)
+def _init_unless_sliced(self: PreTrainedModel, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
+    slice_config = slice_config_of(config)
+    if slice_config is not None and not slice_config.loading:
+        raise InputError(
+            f"the config of a sliced model does not build one from scratch ({type(self).__name__}): load it with "
+            "from_pretrained, or delete config.quantization_config for the dense model."
+        )
+    _init(self, config, *inputs, **kwargs)
+
+
+@functools.wraps(_save_pretrained)
+def _save_pretrained_sliced(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    if slice_config_of(self) is None or getattr(self, "_hf_peft_config_loaded", False):
+        return _save_pretrained(self, *args, **kwargs)
+    bound = _saving.bind(self, *args, **kwargs)
+    bound.apply_defaults()
+    state_dict = bound.arguments["state_dict"]
+    bound.arguments["state_dict"] = (self.state_dict() if state_dict is None else state_dict) | guard_tensor(self)
+    result = _save_pretrained(*bound.args, **bound.kwargs)
+    folder = bound.arguments["save_directory"]
+    if bound.arguments["is_main_process"] and os.path.isdir(folder):
+        write_card(folder, self)
+    name_sliced(self, str(Path(folder).absolute()))
+    return result
+
+
+PreTrainedModel.__init__ = _init_unless_sliced  # type: ignore[method-assign]
+PreTrainedModel.save_pretrained = _save_pretrained_sliced  # type: ignore[method-assign]
