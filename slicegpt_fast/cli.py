@@ -410,11 +410,11 @@ def _slice_in_memory(job: SliceJob, options: "SliceOptions", *, search: bool) ->
     note = f"Perplexity: the next {len(held_out)} sequences of {job.length} tokens of the text."
     if not len(held_out):
         note = "Perplexity: not measured, calibration took all of the text."
-    table = workflow.compare(job.model, dense, sliced, {"perplexity": held_out}, note=note, progress=progress)
-    saved = workflow.save(replace(sliced, files={**sliced.files, **plots}), tokenizer, job.out)
+    measures = workflow.measure(dense, sliced, {"perplexity": held_out}, progress=progress)
+    saved = workflow.save(replace(sliced, files={**sliced.files, **plots}), tokenizer, job.out, measures)
     if sliced.tried is not None:
         console.print(sliced.tried)
-    console.print(table)
+    console.print(workflow.compare(job.model, dense, sliced, measures, note))
     console.print(saved)
 
 
@@ -571,9 +571,10 @@ def _contenders(
 def export(
     model: Model, out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the plain checkpoint.")]
 ) -> None:
-    """Write a model sliced with --basis shared as a plain checkpoint that needs nothing of this package.
+    """Write a model as a plain checkpoint that needs nothing of this package.
 
-    Stock transformers, vLLM and llama.cpp's converter read it: see docs/export.md.
+    It must be cut with --cut channels --uniform, or sliced with --basis shared. Stock transformers, vLLM and
+    llama.cpp's converter read it: see docs/export.md.
     """
     from slicegpt_fast.checkpoint import check_writable
     from slicegpt_fast.export import export_plain

@@ -1,8 +1,10 @@
 """Write a sliced model as a plain checkpoint, which stock transformers and other engines load without this package.
 
-A model sliced by one basis has no shortcuts and one width d, so it is an ordinary model of a smaller hidden size, but
-for its norms: they divide by the dense width D. A stock norm over P >= d entries with weight ``sqrt(D/P)`` and
-``eps P = eps_dense D`` computes the same:
+A model whose MLPs were cut to one number of channels is an ordinary model of that intermediate size, in any family.
+
+A model whose stream was sliced by one basis has no shortcuts and one width d, so it is an ordinary model of a smaller
+hidden size, but for its norms: they divide by the dense width D. A stock norm over P >= d entries with weight
+``sqrt(D/P)`` and ``eps P = eps_dense D`` computes the same:
 
     h / sqrt(sum(h^2)/D + eps) = sqrt(D/P) * h / sqrt(sum(h^2)/P + eps D/P)
 
@@ -29,11 +31,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from slicegpt_fast.architectures import Decoder
+from slicegpt_fast.architectures import Decoder, weights
 from slicegpt_fast.checkpoint import check_writable, save_model
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.slicing import slice_config_of
+from slicegpt_fast.slicing import SlicePlan, slice_config_of
 from slicegpt_fast.slicing.layers import WeightlessNorm
+from slicegpt_fast.tables import span
+
+EXPORTABLE = "cut=('channels',), uniform=True"
 
 
 @torch.no_grad()
@@ -45,66 +50,96 @@ def export_plain(
     Its logits are those of ``model`` to rounding. The family stays the same, but Qwen2 becomes Llama where it can.
 
     Args:
-        model: sliced with ``basis="shared"``, of a family with RMSNorms; unchanged on return.
+        model: cut with ``cut=("channels",), uniform=True``; or, of a family with RMSNorms, its stream sliced by one
+            basis (``basis="shared"``, or ``cut=("stream", "channels"), uniform=True``). Unchanged on return.
         folder: does not exist yet, or is empty; it appears complete or not at all.
         tokenizer: saved beside the model.
 
     Returns:
-        The config that was written. Its ``hidden_size`` is the kept size d or, where the family's config refuses d
-        (Llama's must be a multiple of the number of heads), the next multiple of that number: the difference is zeros.
-        Slice with ``round_to`` a common multiple of 8 and the number of heads for a size that needs none and is fast.
+        The config that was written. Of a sliced stream its ``hidden_size`` is the kept size d or, where the family's
+        config refuses d (Llama's must be a multiple of the number of heads), the next multiple of that number: the
+        difference is zeros. Slice with ``round_to`` a common multiple of 8 and the number of heads for a size that
+        needs none and is fast.
 
     Raises:
-        InputError: the model is dense, has shortcuts or several widths, is of a LayerNorm family or carries adapters;
-            or the folder has something in it, or the disk refuses or is too small.
+        InputError: the model is dense, or carries adapters; its layers differ in their channels, or its values are of a
+            lower rank; its stream has shortcuts or several widths, or was sliced in a LayerNorm family; or the folder
+            has something in it, or the disk refuses or is too small.
     """
-    width = _shared_width(model)
+    plan = _exportable_plan(model)
     check_writable(folder)
-    config = _plain_config(model, width)
+    config = _plain_config(model, plan)
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config)
     plain.generation_config = model.generation_config
     shapes = {name: tensor.shape for name, tensor in plain.state_dict().items()}
-    weights = model.state_dict() | _norm_weights(model, config)
+    tensors = model.state_dict() | _norm_weights(model, config)
     if config.model_type != model.config.model_type:  # a bias that Llama has and Qwen2 has not
-        weights |= {name: model.lm_head.weight.new_empty(0) for name in shapes if name.endswith("o_proj.bias")}
-    foreign = sorted(weights.keys() ^ shapes.keys())
+        tensors |= {name: model.lm_head.weight.new_empty(0) for name in shapes if name.endswith("o_proj.bias")}
+    foreign = sorted(tensors.keys() ^ shapes.keys())
     if foreign:
         raise InputError(
             f"{foreign[0]} is not a tensor of both the given model and a stock {type(plain).__name__}: merge adapters "
             "before exporting."
         )
-    padded = {name: _padded(weights[name], shape) for name, shape in shapes.items()}
+    padded = {name: _padded(tensors[name], shape) for name, shape in shapes.items()}
     plain.load_state_dict(padded, assign=True)
+    plain.tie_weights()
     save_model(plain, folder, tokenizer)
     return config
 
 
-def _shared_width(model: PreTrainedModel) -> int:
-    """The one width d of a model that can be exported; InputError for any other."""
+def _exportable_plan(model: PreTrainedModel) -> SlicePlan:
+    """The plan of a model that can be exported; InputError for any other."""
     decoder = Decoder(model)
     sliced = slice_config_of(model)
     if sliced is None:
         raise InputError("the model is dense: save it with save_pretrained, or slice it before exporting.")
-    if decoder.architecture.centered:
-        raise InputError(
-            f"{model.config.model_type} models have LayerNorms, which cannot express the weightless norm of a slice: "
-            "only RMSNorm families can be exported."
-        )
     plan = sliced.plan()
+    if min(plan.values, default=decoder.heads.size) < decoder.heads.size:
+        raise InputError(
+            f"the attention's values have a rank of {span(plan.values)} of {decoder.heads.size}, which no stock model "
+            f"has: cut with {EXPORTABLE} to export."
+        )
+    if plan.basis is not None and decoder.architecture.centered:
+        raise InputError(
+            f"{model.config.model_type} models have LayerNorms, which cannot express the weightless norm of a sliced "
+            f"stream, so that of these only RMSNorm families can be exported: cut with {EXPORTABLE} instead."
+        )
     if len(set(plan.widths)) > 1 or any(map(plan.has_shortcut, range(len(plan.widths) - 1))):
         raise InputError(
             "the model has shortcuts or several widths, which no stock model has: slice with basis='shared' to export."
         )
-    return plan.widths[0]
+    return plan
 
 
-def _plain_config(model: PreTrainedModel, width: int) -> PreTrainedConfig:
-    """The stock config of the exported model, of the first hidden size from ``width`` on that its class accepts."""
-    dense = model.config
+def _channels(decoder: Decoder, plan: SlicePlan) -> dict[str, int]:
+    """The numbers of channels that were cut, by the config's names for them."""
+    found: dict[str, set[int]] = {}
+    for site, sublayer in decoder.sublayers():
+        for branch in sublayer.branches:
+            if plan.channels and branch.activation is not None:
+                experts = any(weight.matrix.ndim == 3 for weight in weights(site.part, branch.writers))
+                row = decoder.architecture
+                name = row.expert_channels if experts and row.expert_channels else row.channels
+                found.setdefault(name, set()).add(plan.channels[site.index])
+    for name, sizes in found.items():
+        if len(sizes) > 1:
+            raise InputError(
+                f"the layers keep {span([*sizes])} channels, but a stock config has one {name}: cut with {EXPORTABLE} "
+                "to export."
+            )
+    return {name: size for name, (size,) in found.items()}
+
+
+def _plain_config(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedConfig:
+    """The stock config of the exported model; of a sliced stream, with the first hidden size that its class accepts."""
+    dense, width = model.config, plan.widths[0]
     full, heads = dense.hidden_size, dense.num_attention_heads
-    values: dict[str, Any] = dense.to_dict()
+    values: dict[str, Any] = dense.to_dict() | _channels(Decoder(model), plan)
     del values["quantization_config"]
+    if plan.basis is None:
+        return type(dense).from_dict(values)
     values |= {"tie_word_embeddings": False, "head_dim": getattr(dense, "head_dim", None) or full // heads}
     config_class = type(dense)
     if isinstance(dense, Qwen2Config) and set(dense.layer_types or ()) == {"full_attention"}:

@@ -1,7 +1,7 @@
 """From the name of a model to a sliced one in a folder: the steps that ``slice`` and ``quickstart`` share."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from slicegpt_fast.slicing import (
     dense_sizes,
     fit_bases,
 )
-from slicegpt_fast.tables import Measure, comparison, cut_table, plan_title, size_measures, size_notes
+from slicegpt_fast.tables import Measure, comparison, cut_table, figures, plan_title, size_measures, size_notes
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,13 @@ def _files_of_cut(dense: PreTrainedModel, result: CutResult) -> dict[str, Callab
     return {**files, "plan.json": lambda path: path.write_text(trials)}
 
 
-def compare(
-    name: str,
-    dense: PreTrainedModel,
-    sliced: Sliced,
-    held_out: Mapping[str, Tensor],
-    *,
-    note: str,
-    progress: bool,
-) -> Group:
-    """Measure the size of both models, and their perplexity on each text; return the table.
+def measure(dense: PreTrainedModel, sliced: Sliced, held_out: Mapping[str, Tensor], *, progress: bool) -> list[Measure]:
+    """Return the sizes of both models, and their perplexity on each text.
 
     Args:
-        name: the model's, for the title.
         dense: the model.
         sliced: what it became.
         held_out: windows of tokens [n, length] of each text, by what the table calls perplexity on it; n may be 0.
-        note: what is said of the perplexity, below the table.
         progress: show progress bars.
     """
     measures = size_measures(dense, sliced.model)
@@ -101,17 +91,29 @@ def compare(
         if len(windows):
             before, after = (perplexity(each, batched(windows), progress=progress) for each in (dense, sliced.model))
             measures.append(Measure(label, before, after, "{:.2f}".format))
+    return measures
+
+
+def compare(name: str, dense: PreTrainedModel, sliced: Sliced, measures: Sequence[Measure], note: str) -> Group:
+    """Return the table of what was measured, with ``note`` on the perplexity below it."""
     notes = [*size_notes(dense, sliced.model), note]
     return comparison(plan_title(name, dense, sliced.plan), measures, notes)
 
 
-def save(sliced: Sliced, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """Save a sliced model with its files in ``folder``, absent or empty; return the line that says so."""
+def save(sliced: Sliced, tokenizer: PreTrainedTokenizerBase, folder: Path, measures: Sequence[Measure]) -> str:
+    """Save a sliced model with its files and a card of what was measured; return the line that says so.
+
+    Args:
+        sliced: the model and its files.
+        tokenizer: saved beside it.
+        folder: does not exist yet, or is empty.
+        measures: for the card.
+    """
 
     def write(path: Path) -> None:
         for name, write_file in sliced.files.items():
             write_file(path / name)
 
-    save_model(sliced.model, folder, tokenizer, also=write)
+    save_model(sliced.model, folder, tokenizer, also=write, figures=figures(measures))
     listed = " and ".join(f"its {Path(name).stem} in {folder / name}" for name in sliced.files)
     return f"Saved to {folder}, with {listed}."

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from models import FAMILIES as ALL_FAMILIES
 from models import tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -18,6 +19,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from slicegpt_fast import InputError, export_plain, load_model, load_tokenizer, slice_model
+from slicegpt_fast.architectures import Decoder
+from slicegpt_fast.slicing import dense_sizes, slice_config_of
 
 IDS = tokens(2, 19)
 WIDTHS = {"odd": dict(sparsity=0.27, round_to=1), "even": dict(sparsity=0.3, round_to=8)}  # 35 and 32 of 48
@@ -33,6 +36,18 @@ def sliced_model(family="llama", *, sparsity=0.25, round_to=8, basis="shared", *
     model = tiny_model(family, **options)
     return slice_model(
         model, [tokens(4, 32, seed=1)], sparsity=sparsity, basis=basis, round_to=round_to, progress=False
+    )
+
+
+def cut_model(dense, *, target_params=0.8, uniform=True, **options):
+    return slice_model(
+        dense,
+        [tokens(4, 32, seed=1)],
+        target_params=target_params,
+        uniform=uniform,
+        round_to=8,
+        progress=False,
+        **options,
     )
 
 
@@ -66,6 +81,37 @@ def test_stock_model_computes_the_sliced_model(family, width, dtype, tmp_path):
     assert error.mean() <= 2 * (before - exact).abs().mean() + tiny
     if dtype == torch.float32:
         assert error.max() <= tiny
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@torch.no_grad()
+def test_uniform_channels_are_exported_in_any_family(family, tied, tmp_path):
+    overrides = dict(decoder_sparse_step=1) if family == "qwen3-moe" else {}  # else some layers have no experts
+    dense = tiny_model(family, tied=tied, **overrides)
+    model = cut_model(dense, cut=("channels",))
+    plan = slice_config_of(model).plan()
+    assert len(set(plan.channels)) == 1
+    assert plan.channels[0] < dense_sizes(Decoder(dense))["channels"][0]
+    export_plain(model, tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(plain) is type(dense)
+    assert plain.config.tie_word_embeddings == tied
+    assert not hasattr(plain.config, "quantization_config")
+    assert plain.num_parameters() == model.num_parameters() < dense.num_parameters()
+    assert torch.equal(plain(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
+@torch.no_grad()
+def test_uniform_channels_on_a_sliced_stream(family, tmp_path):
+    model = cut_model(tiny_model(family, tied=True), cut=("stream", "channels"), target_params=0.35)
+    plan = slice_config_of(model).plan()
+    assert (plan.basis, plan.widths[0] < 48, plan.channels[0] < 80) == ("shared", True, True)
+    config = export_plain(model, tmp_path / "plain")
+    assert (config.hidden_size, config.intermediate_size) == (plan.widths[0], plan.channels[0])
+    expected, actual = model(IDS).logits, load_model(tmp_path / "plain")(IDS).logits
+    assert (actual - expected).abs().max() <= 1e-5 * (expected.max() - expected.min())
 
 
 def test_qwen2_with_sliding_windows_stays_qwen2(tmp_path):
@@ -156,6 +202,18 @@ class TestRefusals:
     @pytest.mark.parametrize("family", ["opt", "gpt-neox", "stablelm"])
     def test_layer_norms(self, family, tmp_path):
         self.refused(sliced_model(family), tmp_path, "models have LayerNorms, .* only RMSNorm families can be exported")
+
+    def test_channels_of_each_layer(self, tmp_path):
+        model = cut_model(tiny_model(), cut=("channels",), uniform=False)
+        match = (
+            r"keep \d+ to \d+ channels, .* one intermediate_size: cut with cut=\('channels',\), uniform=True to export"
+        )
+        self.refused(model, tmp_path, match)
+
+    def test_values_of_a_lower_rank(self, tmp_path):
+        model = cut_model(tiny_model(), cut=("values",), target_params=0.95)
+        match = r"values have a rank of 8 of 12, which no stock model has: cut with cut=\('channels',\), uniform=True"
+        self.refused(model, tmp_path, match)
 
     def test_config_that_accepts_no_smaller_size(self, tmp_path):
         """Phi-3's config holds the lengths of its long-context factors against the hidden size."""

@@ -56,7 +56,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
             assert namespace["reloaded"].num_parameters() == namespace["sliced"].num_parameters()
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == "llama 32"
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "smaller", "plain"}
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "smaller", "even", "plain"}
 
 
 def commands() -> list[tuple[str, list[str]]]:

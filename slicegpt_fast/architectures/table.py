@@ -127,6 +127,8 @@ class Architecture:
         returns_tuple: a decoder layer returns ``(stream, attention weights)`` instead of the stream.
         keeps_width: its code holds the stream to one width, so all sites, the head's included, must keep equal sizes.
         value_heads: the number of key and value heads where the config's ``num_key_value_heads`` does not say it.
+        channels: what the config calls the number of channels of a feed-forward network.
+        expert_channels: what it calls that of an expert, where it has another name for it.
         since: the first release of transformers whose code is the one described here.
     """
 
@@ -139,6 +141,8 @@ class Architecture:
     returns_tuple: bool = False
     keeps_width: bool = False
     value_heads: int | None = None
+    channels: str = "intermediate_size"
+    expert_channels: str | None = None
     since: str = "5.17"
 
     def heads(self, config: PreTrainedConfig) -> Heads:
@@ -241,6 +245,7 @@ GPT2 = Architecture(
     centered=True,
     positional=("past_key_values", "attention_mask", "encoder_hidden_states"),
     keeps_width=True,
+    channels="n_inner",
 )
 
 
@@ -266,6 +271,7 @@ def opt(config: PreTrainedConfig) -> Architecture:
         layers="model.decoder.layers",
         final_norm="model.decoder.final_layer_norm",
         centered=True,
+        channels="ffn_dim",
     )
 
 
@@ -323,6 +329,7 @@ def falcon(config: PreTrainedConfig) -> Architecture:
         final_norm="transformer.ln_f",
         centered=True,
         returns_tuple=True,
+        channels="ffn_hidden_size",
         value_heads=1 if shared_values else config.num_kv_heads,
     )
 
@@ -339,7 +346,7 @@ ARCHITECTURES: dict[str, Architecture | Callable[[Any], Architecture]] = {
     "phi3": PHI3,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "qwen3_moe": MIXTURE_OF_EXPERTS,
+    "qwen3_moe": replace(MIXTURE_OF_EXPERTS, expert_channels="moe_intermediate_size"),
     "stablelm": stablelm,
 }
 
