@@ -74,6 +74,8 @@ def export_plain(
     plain.generation_config = model.generation_config
     shapes = {name: tensor.shape for name, tensor in plain.state_dict().items()}
     tensors = model.state_dict() | _norm_weights(model, config)
+    if plan.tied:
+        _untie_(tensors, model)
     if config.model_type != model.config.model_type:  # a bias that Llama has and Qwen2 has not
         tensors |= {name: model.lm_head.weight.new_empty(0) for name in shapes if name.endswith("o_proj.bias")}
     foreign = sorted(tensors.keys() ^ shapes.keys())
@@ -157,6 +159,15 @@ def _plain_config(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedConfig:
         f"{config_class.__name__} accepts neither {width} nor {size} as hidden_size ({reason}): slice to another "
         "width, or keep the sliced format."
     )
+
+
+def _untie_(tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
+    """Multiply the maps of a tied table into it: no stock model has them, so it becomes two narrow tables."""
+    decoder = Decoder(model)
+    embedding = next(path for path, each in decoder.embeddings.items() if each is model.get_input_embeddings())
+    into, out = tensors.pop(f"{embedding}.map.weight"), tensors.pop(f"{decoder.sites[-1].path}.map.weight")
+    table = tensors[f"{embedding}.weight"]
+    tensors |= {f"{embedding}.weight": table @ into.T, f"{decoder.head_path}.weight": table @ out}
 
 
 def _norm_weights(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Tensor]:

@@ -8,9 +8,9 @@ from models import FAMILIES, VOCABULARY, tiny_model, tokens
 from slicing.cuts.test_families import BATCHES, assert_close, cut_family, logits
 from transformers import AutoModelForCausalLM
 
-from slicegpt_fast import InputError, patch_model, patch_report, unpatch_model
+from slicegpt_fast import InputError, export_plain, patch_model, patch_report, unpatch_model
 from slicegpt_fast.architectures import Decoder
-from slicegpt_fast.slicing import SliceOptions, apply_bases, find_bases, make_plan, slice_config_of
+from slicegpt_fast.slicing import SliceOptions, apply_bases, cut_to_budget, find_bases, make_plan, slice_config_of
 from slicegpt_fast.slicing.bases import refit_readers
 
 STREAM = 40
@@ -116,3 +116,15 @@ def test_only_a_sliced_stream_of_a_tied_model_has_maps():
         apply_bases(tiny_model(), foreign, progress=False)
     with pytest.raises(InputError, match=r"tied 1\.5, which takes"):
         apply_bases(model, replace(bases, plan=replace(bases.plan, tied=1.5)), progress=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_a_plain_export_has_two_narrow_tables(family, tmp_path):
+    options = SliceOptions(target_params=0.4, cut=("stream", "channels"), uniform=True, round_to=8)
+    found = cut_to_budget(tiny_model(family, tied=True), BATCHES, options, progress=False)
+    assert found.plan.tied
+    config = export_plain(found.model, tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert plain.get_input_embeddings().weight.shape == (VOCABULARY, config.hidden_size)
+    assert plain.get_output_embeddings().weight is not plain.get_input_embeddings().weight
+    assert_close(logits(plain, tokens(2, 9)), logits(found.model, tokens(2, 9)))
