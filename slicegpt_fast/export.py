@@ -36,7 +36,7 @@ from slicegpt_fast.checkpoint import check_writable, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing import SlicePlan, slice_config_of
 from slicegpt_fast.slicing.layers import WeightlessNorm
-from slicegpt_fast.tables import span
+from slicegpt_fast.slicing.summary import span
 
 EXPORTABLE = "cut=('channels',), uniform=True"
 

@@ -172,8 +172,8 @@ def run(
         f"Python {platform.python_version()}'s standard library: calibration text flatters text of its own sort."
     )
     texts = {"perplexity": held_out, "perplexity on code": code}
-    console.print(sliced.tried)
-    console.print(workflow.compare(name, dense, sliced, texts, note=note, progress=progress))
+    measures = workflow.measure(dense, sliced.model, texts, progress=progress)
+    console.print(workflow.report(name, dense, sliced, measures, note))
 
     models = {"dense": dense, "sliced": sliced.model, "patched": patch_model(copy.deepcopy(sliced.model))}
     speeds = benchmark(models, held_out[:1], progress=progress)
@@ -182,7 +182,7 @@ def run(
     for label in ("dense", "sliced"):
         console.print(f"\n{label}: {continuation(models[label], tokenizer, PROMPT)}")
 
-    console.print("\n" + workflow.save(sliced, tokenizer, out))
+    console.print("\n" + workflow.save(sliced, tokenizer, out, measures))
     same = reloads(sliced.model, out, held_out[:1])
     console.print(f"Reloaded from there: logits {'equal bit for bit' if same else 'DIFFER'}.")
 
