@@ -410,9 +410,11 @@ def _slice_in_memory(job: SliceJob, options: "SliceOptions", *, search: bool) ->
     note = f"Perplexity: the next {len(held_out)} sequences of {job.length} tokens of the text."
     if not len(held_out):
         note = "Perplexity: not measured, calibration took all of the text."
-    measures = workflow.measure(dense, sliced.model, {"perplexity": held_out}, progress=progress)
+    measures = workflow.measure(dense, sliced, {"perplexity": held_out}, progress=progress)
     saved = workflow.save(replace(sliced, files={**sliced.files, **plots}), tokenizer, job.out, measures)
-    console.print(workflow.report(job.model, dense, sliced, measures, note))
+    if sliced.tried is not None:
+        console.print(sliced.tried)
+    console.print(workflow.compare(job.model, dense, sliced, measures, note))
     console.print(saved)
 
 

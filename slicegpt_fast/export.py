@@ -59,7 +59,7 @@ def export_plain(
         The config that was written. Of a sliced stream its ``hidden_size`` is the kept size d or, where the family's
         config refuses d (Llama's must be a multiple of the number of heads), the next multiple of that number: the
         difference is zeros. Slice with ``round_to`` a common multiple of 8 and the number of heads for a size that
-        needs none and is fast.
+        needs none and is fast. A head that shared a table with the embeddings gets its own.
 
     Raises:
         InputError: the model is dense, or carries adapters; its layers differ in their channels, or its values are of a
@@ -74,6 +74,8 @@ def export_plain(
     plain.generation_config = model.generation_config
     shapes = {name: tensor.shape for name, tensor in plain.state_dict().items()}
     tensors = model.state_dict() | _norm_weights(model, config)
+    if plan.tied:
+        _give_tables_(tensors, Decoder(model))
     if config.model_type != model.config.model_type:  # a bias that Llama has and Qwen2 has not
         tensors |= {name: model.lm_head.weight.new_empty(0) for name in shapes if name.endswith("o_proj.bias")}
     foreign = sorted(tensors.keys() ^ shapes.keys())
@@ -167,6 +169,16 @@ def _norm_weights(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str,
         for name, norm in model.named_modules()
         if isinstance(norm, WeightlessNorm)
     }
+
+
+def _give_tables_(tensors: dict[str, Tensor], decoder: Decoder) -> None:
+    """Replace a table E of embeddings and head, and its two maps, by the tables of a stock model: E M^T and E M'."""
+    (embeddings,) = decoder.embeddings
+    narrow, wide = (tensors.pop(f"{path}.map.weight") for path in (embeddings, decoder.sites[-1].path))
+    table = tensors[f"{embeddings}.weight"]
+    exact = table.to(torch.promote_types(table.dtype, torch.float32))
+    tensors[f"{embeddings}.weight"] = (exact @ narrow.to(exact).T).to(table.dtype)
+    tensors[f"{decoder.head_path}.weight"] = (exact @ wide.to(exact)).to(table.dtype)
 
 
 def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:

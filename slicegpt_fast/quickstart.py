@@ -172,8 +172,9 @@ def run(
         f"Python {platform.python_version()}'s standard library: calibration text flatters text of its own sort."
     )
     texts = {"perplexity": held_out, "perplexity on code": code}
-    measures = workflow.measure(dense, sliced.model, texts, progress=progress)
-    console.print(workflow.report(name, dense, sliced, measures, note))
+    console.print(sliced.tried)
+    measures = workflow.measure(dense, sliced, texts, progress=progress)
+    console.print(workflow.compare(name, dense, sliced, measures, note))
 
     models = {"dense": dense, "sliced": sliced.model, "patched": patch_model(copy.deepcopy(sliced.model))}
     speeds = benchmark(models, held_out[:1], progress=progress)

@@ -12,6 +12,7 @@ from slicegpt_fast.benchmark import Speeds
 from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
 from slicegpt_fast.search import Trial
 from slicegpt_fast.slicing import CutResult, SlicePlan, block_parameters
+from slicegpt_fast.slicing.card import Figure
 from slicegpt_fast.slicing.summary import kept_directions, kept_sizes, span
 
 
@@ -40,6 +41,11 @@ def size_measures(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[Measu
         Measure("bytes", stored_bytes(dense), stored_bytes(sliced), lambda size: f"{decimal(size)}B"),
         Measure("matmul FLOPs per token", flops_per_token(dense), flops_per_token(sliced), decimal),
     ]
+
+
+def figures(measures: Iterable[Measure]) -> list[Figure]:
+    """Return the measures as the model card shows them."""
+    return [Figure(each.label, each.format(each.dense), each.format(each.sliced)) for each in measures]
 
 
 def size_notes(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[str]:

@@ -1,7 +1,7 @@
 """From the name of a model to a sliced one in a folder: the steps that ``slice`` and ``quickstart`` share."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,7 @@ from slicegpt_fast.slicing import (
     dense_sizes,
     fit_bases,
 )
-from slicegpt_fast.slicing.card import Figure
-from slicegpt_fast.tables import Measure, comparison, cut_table, plan_title, size_measures, size_notes
+from slicegpt_fast.tables import Measure, comparison, cut_table, figures, plan_title, size_measures, size_notes
 
 
 @dataclass(frozen=True)
@@ -78,40 +77,43 @@ def _files_of_cut(dense: PreTrainedModel, result: CutResult) -> dict[str, Callab
     return {**files, "plan.json": lambda path: path.write_text(trials)}
 
 
-def measure(
-    dense: PreTrainedModel, sliced: PreTrainedModel, held_out: Mapping[str, Tensor], *, progress: bool
-) -> list[Measure]:
+def measure(dense: PreTrainedModel, sliced: Sliced, held_out: Mapping[str, Tensor], *, progress: bool) -> list[Measure]:
     """Return the sizes of both models, and their perplexity on each text.
 
     Args:
         dense: the model.
         sliced: what it became.
-        held_out: windows of tokens [n, length] of each text, by what to call perplexity on it; n may be 0.
+        held_out: windows of tokens [n, length] of each text, by what the table calls perplexity on it; n may be 0.
         progress: show progress bars.
     """
-    measures = size_measures(dense, sliced)
+    measures = size_measures(dense, sliced.model)
     for label, windows in held_out.items():
         if len(windows):
-            before, after = (perplexity(each, batched(windows), progress=progress) for each in (dense, sliced))
+            before, after = (perplexity(each, batched(windows), progress=progress) for each in (dense, sliced.model))
             measures.append(Measure(label, before, after, "{:.2f}".format))
     return measures
 
 
-def report(name: str, dense: PreTrainedModel, sliced: Sliced, measures: Iterable[Measure], note: str) -> Group:
-    """Return what to print of a slice: the plans that were compared, and the measures, with ``note`` below them."""
+def compare(name: str, dense: PreTrainedModel, sliced: Sliced, measures: Sequence[Measure], note: str) -> Group:
+    """Return the table of what was measured, with ``note`` on the perplexity below it."""
     notes = [*size_notes(dense, sliced.model), note]
-    table = comparison(plan_title(name, dense, sliced.plan), measures, notes)
-    return table if sliced.tried is None else Group(sliced.tried, table)
+    return comparison(plan_title(name, dense, sliced.plan), measures, notes)
 
 
-def save(sliced: Sliced, tokenizer: PreTrainedTokenizerBase, folder: Path, measures: Iterable[Measure]) -> str:
-    """Save a sliced model in ``folder``, absent or empty, with its files and what was measured; return a line on it."""
-    figures = [Figure(label, form(dense), form(made)) for label, dense, made, form in measures]
+def save(sliced: Sliced, tokenizer: PreTrainedTokenizerBase, folder: Path, measures: Sequence[Measure]) -> str:
+    """Save a sliced model with its files and a card of what was measured; return the line that says so.
+
+    Args:
+        sliced: the model and its files.
+        tokenizer: saved beside it.
+        folder: does not exist yet, or is empty.
+        measures: for the card.
+    """
 
     def write(path: Path) -> None:
         for name, write_file in sliced.files.items():
             write_file(path / name)
 
-    save_model(sliced.model, folder, tokenizer, also=write, figures=figures)
+    save_model(sliced.model, folder, tokenizer, also=write, figures=figures(measures))
     listed = " and ".join(f"its {Path(name).stem} in {folder / name}" for name in sliced.files)
     return f"Saved to {folder}, with {listed}."

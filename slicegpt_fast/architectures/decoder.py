@@ -77,6 +77,16 @@ class Decoder:
         self.head_path = next(path for path, module in model.named_modules() if module is head)
         self.sites = self._sites()
 
+    @property
+    def may_stay_tied(self) -> bool:
+        """Whether the config ties the head to the embedding table, and the family's code takes a wider final norm."""
+        return bool(self.model.config.tie_word_embeddings) and not self.architecture.keeps_width
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head's weight is the embedding table."""
+        return bool(self.head.weight is self.model.get_input_embeddings().weight)  # type: ignore[union-attr]
+
     def layer_path(self, index: int) -> str:
         """Return the path of a decoder layer."""
         return f"{self.architecture.layers}.{index}"

@@ -4,7 +4,7 @@ What the guards know of is a list, and lists of what can go wrong are never comp
 short forward records what each decoder layer and the head are given and what they make of it. Their fused forms then
 get the same inputs. A layer whose result differs is searched sublayer by sublayer; what differs stays unfused.
 
-It costs two forwards of 12 tokens in all: 0.1 s for a model of 135M parameters on 2 cores.
+It costs two forwards of 12 tokens in all: 0.4 s for a model of 135M parameters on one core of a busy server CPU.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.card import base_of, write_card
 from slicegpt_fast.slicing.format import SliceConfig, guard_name, slice_config_of
@@ -72,6 +73,7 @@ def _init_unless_sliced(self: PreTrainedModel, config: PreTrainedConfig, *inputs
 def _save_pretrained_sliced(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if slice_config_of(self) is None or getattr(self, "_hf_peft_config_loaded", False):
         return _save_pretrained(self, *args, **kwargs)
+    Decoder(self)  # refuses the model without its head, whose folder nothing could load
     bound = _saving.bind(self, *args, **kwargs)
     bound.apply_defaults()
     state_dict = bound.arguments["state_dict"]

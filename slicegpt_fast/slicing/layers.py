@@ -51,6 +51,32 @@ class WeightlessNorm(nn.Module):
         return f"full_width={self.full_width}, eps={self.eps}"
 
 
+class MappedNorm(WeightlessNorm):
+    """A final norm before a head that is the embedding table: ``norm(h) M^T [+ b]`` of the dense width D.
+
+    The map M [D, d] holds what a narrow head would have folded into it.
+    """
+
+    def __init__(self, width: int, full_width: int, eps: float, *, bias: bool, **factory: Any) -> None:
+        super().__init__(full_width, eps)
+        self.map = nn.Linear(width, full_width, bias=bias, **factory)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [..., d] -> [..., D]
+        return cast(Tensor, self.map(super().forward(hidden_states)))
+
+
+class MappedEmbedding(nn.Embedding):
+    """A table of the dense width D, which the head shares, and the map of its rows to the stream: ``E[ids] M^T``."""
+
+    def __init__(self, table: nn.Embedding, width: int, **factory: Any) -> None:
+        super().__init__(table.num_embeddings, table.embedding_dim, table.padding_idx, _weight=table.weight)
+        self.weight = table.weight
+        self.map = nn.Linear(table.embedding_dim, width, bias=False, **factory)
+
+    def forward(self, ids: Tensor) -> Tensor:  # [...] -> [..., d]
+        return cast(Tensor, self.map(super().forward(ids)))
+
+
 class AlignedShortcut(nn.Module):
     """The identity minus a low rank, ``h - up(down(h))``, on a stream that keeps its width or widens by zeros."""
 
@@ -173,7 +199,10 @@ def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
     narrow_layers_(decoder, plan.channels, plan.values)
     if plan.basis is None:
         return
-    for embeddings in decoder.embeddings.values():
+    for path, embeddings in decoder.embeddings.items():
+        if plan.tied and embeddings is model.get_input_embeddings():
+            model.set_submodule(path, _mapped(MappedEmbedding, embeddings, embeddings, plan.widths[0]))
+            continue
         embeddings.embedding_dim = plan.widths[0]
         Weight(embeddings).matrix = torch.empty(embeddings.num_embeddings, plan.widths[0], device="meta")
     for site, sublayer in decoder.sublayers():
@@ -194,10 +223,23 @@ def narrow_(model: PreTrainedModel, plan: SlicePlan) -> None:
             layer.add_module(shortcut_name(sublayer), shortcut.requires_grad_(writer.matrix.requires_grad))
             layer.__class__ = with_shortcuts(type(layer), decoder.architecture)  # type: ignore[arg-type]
     final = decoder.sites[-1]
+    if plan.tied:
+        bias, sizes = getattr(final.norm, "bias", None) is not None, (plan.widths[-1], plan.full_width)
+        norm = _mapped(MappedNorm, decoder.head, *sizes, norm_eps(final.norm), bias=bias)
+        model.set_submodule(final.path, norm)
+        return
     _narrow_reader_(Weight(decoder.head), final.norm, plan.widths[-1])
     model.set_submodule(final.path, WeightlessNorm(plan.full_width, norm_eps(final.norm)))
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
+
+
+def _mapped(made: type[nn.Module], like: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
+    """A norm or an embedding with a map on the meta device, of the dtype of ``like`` and trained as it is."""
+    table = cast(Tensor, like.weight)
+    module = made(*arguments, **options, device="meta", dtype=table.dtype)
+    cast(nn.Module, module.map).requires_grad_(table.requires_grad)
+    return module
 
 
 def _narrow_reader_(reader: Weight, norm: nn.Module, width: int) -> None:

@@ -36,6 +36,8 @@ class SlicePlan:
         shortcut_rank: where aligned shortcuts are truncated; None keeps them exact.
         channels: per decoder layer, how many channels its MLP keeps; empty where none are cut.
         values: per decoder layer, the rank of its attention's values; empty where none are cut.
+        tied: the head stays the embedding table, of width D, with a map of the stream before it and one behind it:
+            E M^T and (norm(h) M'^T) E^T in place of two narrow tables.
     """
 
     basis: Basis | None
@@ -47,6 +49,7 @@ class SlicePlan:
     shortcut_rank: int | None = None
     channels: tuple[int, ...] = ()
     values: tuple[int, ...] = ()
+    tied: bool = False
 
     def sizes(self, axis: Axis) -> tuple[int, ...]:
         """Return the sizes kept along an axis: of each site, or of each decoder layer where any of it is cut."""
@@ -238,6 +241,11 @@ def check_plan(plan: SlicePlan, decoder: Decoder) -> None:
         raise InputError(
             f"the plan has no basis, which leaves the stream at {full}, but a size of {min(plan.widths)}: the config "
             "was changed."
+        )
+    if plan.tied is not False and not (plan.tied is True and decoder.may_stay_tied and plan.basis is not None):
+        raise InputError(
+            f"the plan (the quantization_config of a sliced model) gives tied {plan.tied!r}, which takes a model whose "
+            "head is its embedding table, and a sliced stream: the config was changed."
         )
     for name, largest in dense_sizes(decoder).items():
         sizes = plan.sizes(name)

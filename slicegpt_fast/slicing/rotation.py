@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from slicegpt_fast.architectures import Decoder, Weight, at, weights
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.format import SliceConfig
 from slicegpt_fast.slicing.integration import mark_sliced
-from slicegpt_fast.slicing.layers import copy_rest_, empty_copy, narrow_, shortcut_name
+from slicegpt_fast.slicing.layers import MappedEmbedding, MappedNorm, copy_rest_, empty_copy, narrow_, shortcut_name
 from slicegpt_fast.slicing.plan import check_plan
 from slicegpt_fast.slicing.range import check_range
 
@@ -24,6 +24,8 @@ def apply_bases(model: PreTrainedModel, bases: Bases, *, progress: bool = True) 
 
     With ``Q`` the basis of a linear layer's site, ``Q'`` that of the site after it and ``gamma`` its norm's weight:
     readers become ``W diag(gamma) Q``, writers ``Q'^T W`` and ``Q'^T b``, shortcuts ``Q^T Q'``, the embedding ``E Q``.
+    Where the plan keeps the head tied to the embedding, E stays, with maps ``Q`` behind it and ``diag(gamma) Q`` with
+    the bias ``beta`` before the head.
     A LayerNorm subtracts the mean of the stream: there, writers and embeddings take ``Q - mean(Q)`` and leave it none.
 
     Raises:
@@ -62,8 +64,12 @@ def rotations(dense: Decoder, sliced: Decoder, bases: Bases) -> list[tuple[tuple
     @torch.no_grad()
     def rotate_embeddings() -> None:
         for path, embeddings in dense.embeddings.items():
-            table = _exact(embeddings.weight)
-            Weight(sliced.embeddings[path]).matrix = table @ writing(0).to(table)
+            target, table = sliced.embeddings[path], _exact(embeddings.weight)
+            if isinstance(target, MappedEmbedding):
+                Weight(target.map).matrix = writing(0).T
+                copy_rest_(target, embeddings)
+            else:
+                Weight(target).matrix = table @ writing(0).to(table)
 
     @torch.no_grad()
     def rotate_layer(index: int) -> None:
@@ -82,8 +88,15 @@ def rotations(dense: Decoder, sliced: Decoder, bases: Bases) -> list[tuple[tuple
 
     @torch.no_grad()
     def rotate_head() -> None:
-        reader = bases.reader(dense.sites[-1].number)
-        _rotate_reader_(Weight(sliced.head), Weight(dense.head), dense.final_norm, reader)
+        reader, norm = bases.reader(dense.sites[-1].number), cast(Any, dense.final_norm)
+        if isinstance(sliced.final_norm, MappedNorm):
+            target = Weight(sliced.final_norm.map)
+            target.matrix = reader if norm.weight is None else reader * norm.weight.to(reader)[:, None]
+            if target.bias is not None:
+                target.bias = norm.bias.clone()
+            sliced.model.tie_weights()
+        else:
+            _rotate_reader_(Weight(sliced.head), Weight(dense.head), norm, reader)
         copy_rest_(sliced.head, dense.head)
 
     layer_calls = [partial(rotate_layer, index) for index in range(len(dense.layers))]

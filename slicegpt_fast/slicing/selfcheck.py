@@ -60,6 +60,8 @@ def check_layers(model: PreTrainedModel, calibration: Iterable[Batch]) -> None:
             plain = all(parameter.dtype == dtype for parameter in layer.parameters())
             rotated = _copy(layer, model, sharing=plain).to(dtype)
             target = _output((layer if plain else rotated)(state, **given))
+            if not target.isfinite().all():
+                return  # the weights are at fault, which calibration tells
             following = target
             if architecture.centered:
                 state, target = (each - each.mean(-1, keepdim=True) for each in (state, target))

@@ -44,7 +44,14 @@ class Sizes:
         basis: Basis | None = None if self.width == decoder.width else "shared"
         widths = (self.width,) * sites
         return SlicePlan(
-            basis, "normalized", decoder.width, widths, (0,) * sites, channels=self.channels, values=self.values
+            basis,
+            "normalized",
+            decoder.width,
+            widths,
+            (0,) * sites,
+            channels=self.channels,
+            values=self.values,
+            tied=basis is not None and decoder.is_tied and decoder.may_stay_tied,
         )
 
 
