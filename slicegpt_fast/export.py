@@ -36,7 +36,7 @@ from slicegpt_fast.checkpoint import check_writable, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing import SlicePlan, slice_config_of
 from slicegpt_fast.slicing.layers import WeightlessNorm
-from slicegpt_fast.tables import span
+from slicegpt_fast.slicing.summary import span
 
 EXPORTABLE = "cut=('channels',), uniform=True"
 
@@ -59,7 +59,7 @@ def export_plain(
         The config that was written. Of a sliced stream its ``hidden_size`` is the kept size d or, where the family's
         config refuses d (Llama's must be a multiple of the number of heads), the next multiple of that number: the
         difference is zeros. Slice with ``round_to`` a common multiple of 8 and the number of heads for a size that
-        needs none and is fast.
+        needs none and is fast. A head that shared a table with the embeddings gets its own.
 
     Raises:
         InputError: the model is dense, or carries adapters; its layers differ in their channels, or its values are of a
@@ -75,7 +75,7 @@ def export_plain(
     shapes = {name: tensor.shape for name, tensor in plain.state_dict().items()}
     tensors = model.state_dict() | _norm_weights(model, config)
     if plan.tied:
-        _untie_(tensors, model)
+        _give_tables_(tensors, Decoder(model))
     if config.model_type != model.config.model_type:  # a bias that Llama has and Qwen2 has not
         tensors |= {name: model.lm_head.weight.new_empty(0) for name in shapes if name.endswith("o_proj.bias")}
     foreign = sorted(tensors.keys() ^ shapes.keys())
@@ -161,15 +161,6 @@ def _plain_config(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedConfig:
     )
 
 
-def _untie_(tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
-    """Multiply the maps of a tied table into it: no stock model has them, so it becomes two narrow tables."""
-    decoder = Decoder(model)
-    embedding = next(path for path, each in decoder.embeddings.items() if each is model.get_input_embeddings())
-    into, out = tensors.pop(f"{embedding}.map.weight"), tensors.pop(f"{decoder.sites[-1].path}.map.weight")
-    table = tensors[f"{embedding}.weight"]
-    tensors |= {f"{embedding}.weight": table @ into.T, f"{decoder.head_path}.weight": table @ out}
-
-
 def _norm_weights(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Tensor]:
     """``sqrt(D/P)`` [P] for every norm of the stream, by the name that it has in the stock model."""
     size = config.hidden_size
@@ -178,6 +169,16 @@ def _norm_weights(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str,
         for name, norm in model.named_modules()
         if isinstance(norm, WeightlessNorm)
     }
+
+
+def _give_tables_(tensors: dict[str, Tensor], decoder: Decoder) -> None:
+    """Replace a table E of embeddings and head, and its two maps, by the tables of a stock model: E M^T and E M'."""
+    (embeddings,) = decoder.embeddings
+    narrow, wide = (tensors.pop(f"{path}.map.weight") for path in (embeddings, decoder.sites[-1].path))
+    table = tensors[f"{embeddings}.weight"]
+    exact = table.to(torch.promote_types(table.dtype, torch.float32))
+    tensors[f"{embeddings}.weight"] = (exact @ narrow.to(exact).T).to(table.dtype)
+    tensors[f"{decoder.head_path}.weight"] = (exact @ wide.to(exact)).to(table.dtype)
 
 
 def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -5,7 +5,8 @@ from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import stored_parameters
 from slicegpt_fast.slicing import SlicePlan, block_parameters, slice_config_of
 from slicegpt_fast.slicing.layers import narrow_
-from slicegpt_fast.tables import decimal, kept_directions, kept_sizes
+from slicegpt_fast.slicing.summary import kept_directions, kept_sizes, shortcuts
+from slicegpt_fast.tables import decimal
 
 
 def describe(source: str) -> dict[str, str]:
@@ -46,6 +47,4 @@ def _basis(plan: SlicePlan) -> str:
     """How the residual stream was sliced, if it was."""
     if plan.basis is None:
         return "in its layers; the residual stream is the dense model's"
-    shortcuts = f"{plan.shortcut} shortcuts" if len(set(plan.groups)) > 1 else "no shortcuts"
-    rank = "" if plan.shortcut_rank is None else f" of rank {plan.shortcut_rank} at most"
-    return f"{plan.basis} basis, {plan.signal} signal, {shortcuts}{rank}"
+    return f"{plan.basis} basis, {plan.signal} signal, {shortcuts(plan)}"

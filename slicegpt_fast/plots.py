@@ -8,7 +8,7 @@ import numpy as np
 from slicegpt_fast.benchmark import Speeds
 from slicegpt_fast.slicing import Bases, SlicePlan
 from slicegpt_fast.slicing.options import Axis
-from slicegpt_fast.tables import kept_directions
+from slicegpt_fast.slicing.summary import kept_directions
 
 FLOOR = 1e-12  # a share of the variance below this is rounding
 

@@ -1,6 +1,6 @@
 """What a slice did and how fast it runs, as tables for people."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from rich.console import Group
@@ -8,12 +8,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.benchmark import Speeds
 from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
 from slicegpt_fast.search import Trial
-from slicegpt_fast.slicing import CutResult, SlicePlan, block_parameters, dense_sizes
+from slicegpt_fast.slicing import CutResult, SlicePlan, block_parameters
 from slicegpt_fast.slicing.card import Figure
+from slicegpt_fast.slicing.summary import kept_directions, kept_sizes, span
 
 
 class Measure(NamedTuple):
@@ -54,24 +54,6 @@ def size_notes(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[str]:
     if dense.config.tie_word_embeddings and not sliced.config.tie_word_embeddings:
         notes.insert(0, "Stored: the dense model's head is its embedding table; slicing makes two tables of them.")
     return notes
-
-
-def kept_directions(plan: SlicePlan) -> str:
-    """The kept sizes of the norms in the decoder layers, as "512 of 576" or "480 to 560 of 576"."""
-    return f"{span(plan.widths[:-1])} of {plan.full_width}"
-
-
-def kept_sizes(dense: PreTrainedModel, plan: SlicePlan) -> str:
-    """What a cut kept, as "channels 512 to 1536 of 1536, values 24 to 64 of 64, stream 576 of 576"."""
-    full = dense_sizes(Decoder(dense))
-    cut = [f"{axis} {span(plan.sizes(axis))} of {span(full[axis])}" for axis in full if plan.sizes(axis)]
-    return ", ".join([*cut, f"stream {kept_directions(plan)}"])
-
-
-def span(sizes: Sequence[int]) -> str:
-    """One size for all, as "512", or the range of several, as "480 to 560"."""
-    low, high = min(sizes), max(sizes)
-    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def plan_title(name: str, dense: PreTrainedModel, plan: SlicePlan) -> str:

@@ -24,6 +24,7 @@ from slicegpt_fast.kernels import measured
 from slicegpt_fast.ops import tuning
 from slicegpt_fast.patching import op_requests
 from slicegpt_fast.slicing import SliceOptions, cut_to_budget
+from slicegpt_fast.slicing.summary import kept_sizes
 from slicegpt_fast.tables import plan_title
 
 LENGTH = 16
@@ -153,6 +154,11 @@ class TestSlice:
         assert "Plans within the budget, the first one taken" in output
         for trial in expected.trials:
             assert f"{trial.sizes.stored:.3f} │" in output
+        card = (tmp_path / "out" / "README.md").read_text()
+        values = [f"{perplexity(each, batched(windows[8:])):.2f}" for each in (dense, sliced)]
+        assert f"| perplexity | {' | '.join(values)} |" in card
+        if expected.plan.cuts_layers:
+            assert f"* Kept: {kept_sizes(dense, expected.plan)}." in card
         trials = json.loads((tmp_path / "out" / "plan.json").read_text())
         assert [trial["sizes"]["loss"] for trial in trials] == [trial.sizes.loss for trial in expected.trials]
         assert [trial["added"] for trial in trials] == [trial.added for trial in expected.trials]

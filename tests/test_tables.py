@@ -16,12 +16,12 @@ from slicegpt_fast.plots import plot_sizes, plot_spectra
 from slicegpt_fast.slicing import CutResult, SliceOptions, SlicePlan, block_parameters, dense_sizes, fit_bases
 from slicegpt_fast.slicing.cuts.budget import Trial
 from slicegpt_fast.slicing.cuts.choice import Sizes
+from slicegpt_fast.slicing.summary import kept_sizes
 from slicegpt_fast.tables import (
     Measure,
     comparison,
     cut_table,
     decimal,
-    kept_sizes,
     plan_title,
     size_measures,
     size_notes,

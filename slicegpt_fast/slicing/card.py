@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import architecture_of, at
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
+from slicegpt_fast.slicing.summary import kept_directions, kept_sizes, shortcuts
 from slicegpt_fast.slicing.trust import stock_model
 
 FILE = "README.md"
@@ -65,17 +66,12 @@ def _front_matter(model: PreTrainedModel) -> str:
 
 
 def _body(model: PreTrainedModel, slice_config: SliceConfig, figures: Sequence[Figure]) -> str:
-    plan = slice_config.plan()
-    low, high, last = min(plan.widths[:-1]), max(plan.widths[:-1]), plan.widths[-1]
-    kept = str(low) if low == high else f"{low} to {high}"
-    shortcuts = f"{plan.shortcut} shortcuts" if len(set(plan.groups)) > 1 else "no shortcuts"
-    rank = "" if plan.shortcut_rank is None else f" of rank {plan.shortcut_rank} at most"
     table = [f"| {label.strip()} | {dense} | {sliced} |" for label, dense, sliced in figures]
     return "\n".join(
         [
             f"# {getattr(model.config, 'sliced_from', None) or model.config.model_type}, sliced",
             "",
-            "A language model sliced to its principal components (SliceGPT, arXiv 2401.15024). transformers loads it",
+            "A language model sliced to fewer rows and columns of its weights (SliceGPT, arXiv 2401.15024). It loads",
             "once the package `slicegpt-fast` is imported:",
             "",
             "```python",
@@ -85,8 +81,7 @@ def _body(model: PreTrainedModel, slice_config: SliceConfig, figures: Sequence[F
             'model = AutoModelForCausalLM.from_pretrained("path of this folder")',
             "```",
             "",
-            f"* Basis: {plan.basis}, fitted to the {plan.signal} signal of {slice_config.calibration_tokens} tokens.",
-            f"* Directions kept: {kept} of {plan.full_width}, {last} at the head; {shortcuts}{rank}.",
+            *_plan(model, slice_config),
             "",
             "| | dense | sliced |",
             "|---|---:|---:|",
@@ -97,10 +92,26 @@ def _body(model: PreTrainedModel, slice_config: SliceConfig, figures: Sequence[F
     )
 
 
+def _plan(model: PreTrainedModel, slice_config: SliceConfig) -> list[str]:
+    """What was kept, and by what."""
+    plan, tokens = slice_config.plan(), slice_config.calibration_tokens
+    if plan.cuts_layers:
+        return [f"* Kept: {kept_sizes(_dense(model), plan)}.", f"* Calibrated on {tokens} tokens."]
+    return [
+        f"* Basis: {plan.basis}, fitted to the {plan.signal} signal of {tokens} tokens.",
+        f"* Directions kept: {kept_directions(plan)}, {plan.widths[-1]} at the head; {shortcuts(plan)}.",
+    ]
+
+
+def _dense(model: PreTrainedModel) -> PreTrainedModel:
+    """The model before slicing, without weights."""
+    return stock_model(type(model), model.config)
+
+
 def _sizes(model: PreTrainedModel) -> list[Figure]:
     """What follows from the model alone; whether the dense one had its head tied is not recorded."""
     layers = architecture_of(model.config).layers
-    dense, sliced = _blocks(stock_model(type(model), model.config), layers), _blocks(model, layers)
+    dense, sliced = _blocks(_dense(model), layers), _blocks(model, layers)
     stored = sum(parameter.numel() for parameter in model.parameters())
     size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     return [
