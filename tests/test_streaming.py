@@ -21,6 +21,7 @@ from transformers import BertConfig
 
 from slicegpt_fast import InputError, load_model, save_model, slice_checkpoint, slice_model
 from slicegpt_fast.slicing import SliceOptions, make_plan
+from slicegpt_fast.slicing import memory as host
 from slicegpt_fast.streaming import fits_in_memory, memory
 from slicegpt_fast.streaming.memory import Needs, estimate
 from slicegpt_fast.streaming.shards import Shards
@@ -463,7 +464,7 @@ def free(tmp_path, monkeypatch):
     def set_free(size):
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
 
-    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(host, "CGROUP", tmp_path / "cgroup")
     return set_free
 
 
@@ -501,7 +502,7 @@ def test_a_model_for_a_gpu_is_loaded_to_host_memory_first(finished, free, monkey
 def test_a_container_may_use_less_than_is_free(limit, expected, free, monkeypatch):
     free(1000)
     files = {"max": limit, "current": "700", "stat": "anon 400\ninactive_file 200\nactive_file 100"}
-    memory.CGROUP.mkdir()
+    host.CGROUP.mkdir()
     for name, content in files.items():
-        (memory.CGROUP / f"memory.{name}").write_text(f"{content}\n")
-    assert memory.free_memory(torch.device("cpu")) == expected
+        (host.CGROUP / f"memory.{name}").write_text(f"{content}\n")
+    assert host.free_memory(torch.device("cpu")) == expected

@@ -32,8 +32,9 @@ from slicegpt_fast.slicing import Bases, SliceArguments, SliceOptions, first_pla
 from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.card import write_card
 from slicegpt_fast.slicing.integration import guard_tensor
+from slicegpt_fast.slicing.memory import free_memory
 from slicegpt_fast.slicing.rotation import outline, rotations
-from slicegpt_fast.streaming.memory import FREE_SHARE, Activations, activations_device, estimate, free_memory
+from slicegpt_fast.streaming.memory import FREE_SHARE, Activations, activations_device, estimate
 from slicegpt_fast.streaming.shards import INDEX, Shards, empty_model
 from slicegpt_fast.streaming.storage import FolderStorage, write_json
 

@@ -1,12 +1,9 @@
 """What slicing a checkpoint from file to file takes: memory, activations, disk; and what of them there is."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,11 +12,11 @@ from slicegpt_fast.architectures import Decoder, at
 from slicegpt_fast.errors import check_choice
 from slicegpt_fast.ops.covariance import ROWS_PER_STEP
 from slicegpt_fast.slicing import SliceOptions, SlicePlan
+from slicegpt_fast.slicing.memory import free_memory
 from slicegpt_fast.slicing.rotation import parts
 
 Activations = Literal["auto", "device", "memory", "disk"]
 OVERHEAD = 3 * 2**23  # the model's modules without weights, and what libraries allocate once
-CGROUP = Path("/sys/fs/cgroup")
 FREE_SHARE = 0.9  # of free memory that activations, or a model and its sliced copy, may fill
 
 
@@ -80,20 +77,3 @@ def activations_device(activations: Activations, device: torch.device, needs: Ne
         if needs.activations + (needs.working if where == device else 0) < FREE_SHARE * free_memory(where):
             return where
     return None
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes of the device's memory that are free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, _free_in_cgroup())
-
-
-def _free_in_cgroup() -> float:
-    """Bytes that are left of the limit of this process's container (cgroup v2), infinite where it has none."""
-    try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except OSError:
-        return math.inf
-    return math.inf if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])

@@ -20,10 +20,11 @@ from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.cuts.choice import Sizes, choose_sizes
 from slicegpt_fast.slicing.cuts.curve import Curve
 from slicegpt_fast.slicing.cuts.cutting import LayerCuts, cut_model, fit_cuts
-from slicegpt_fast.slicing.cuts.sensitivity import Sensitivity, measure_sensitivity, summed_loss
+from slicegpt_fast.slicing.cuts.sensitivity import SiteStatistics, layers_within, measure_sensitivity, summed_loss
 from slicegpt_fast.slicing.cuts.stream import shared_basis, stream_curve
 from slicegpt_fast.slicing.format import SliceConfig
 from slicegpt_fast.slicing.integration import mark_sliced
+from slicegpt_fast.slicing.memory import free_memory
 from slicegpt_fast.slicing.options import SliceOptions
 from slicegpt_fast.slicing.plan import SlicePlan, check_sliceable
 from slicegpt_fast.slicing.rotation import apply_bases
@@ -32,6 +33,7 @@ from slicegpt_fast.slicing.selfcheck import check_layers
 WIDTHS = 8  # of the stream that are tried below the full one, in steps of D / 32
 CONTENDERS = 3  # plans that are tried on held-out text, of those that may win
 MARGIN = 1.5  # a plan may win whose predicted loss is at most this much of the lowest: predictions are that good
+FREE_SHARE = 0.5  # of free memory that the sums of a group of layers may fill, beside what is made of them
 HELD_OUT = 4  # of the calibration batches, one in so many compares the contenders
 
 
@@ -127,29 +129,29 @@ def _fit(
     decoder: Decoder, batches: Sequence[dict[str, Tensor]], options: SliceOptions, progress: bool
 ) -> tuple[list[LayerCuts], list[Sizes]]:
     """The cuts that statistics of some calibration batches give, and the sizes within the budget, the best first."""
-    device = decoder.model.device
-    sensitivity = measure_sensitivity(decoder.model, batches, progress=progress)
-    cuts = fit_cuts(
-        decoder,
-        sensitivity,
-        channels=options.cut_step("channels", device) if "channels" in options.axes else None,
-        values=options.cut_step("values", device) if "values" in options.axes else None,
-        progress=progress,
-    )
-    stream = _stream(decoder, sensitivity, options)
+    model, axes = decoder.model, options.axes
+    channels = options.cut_step("channels", model.device) if "channels" in axes else None
+    values = options.cut_step("values", model.device) if "values" in axes else None
+    cuts: list[LayerCuts] = []
+    sites: list[SiteStatistics] = []
+    while len(cuts) < len(decoder.layers):
+        layers = layers_within(decoder, len(cuts), FREE_SHARE * free_memory(model.device))
+        found = measure_sensitivity(model, batches, layers=layers, axes=axes, progress=progress)
+        cuts += fit_cuts(decoder, found, channels=channels, values=values, layers=layers, progress=progress)
+        sites += found.sites.values()
+    stream = _stream(decoder, sites, options)
     assert options.target_params is not None
     sizes = choose_sizes(decoder, cuts, stream, options.target_params, budget=options.budget, uniform=options.uniform)
     return cuts, sizes
 
 
-def _stream(decoder: Decoder, sensitivity: Sensitivity, options: SliceOptions) -> Curve:
+def _stream(decoder: Decoder, sites: Sequence[SiteStatistics], options: SliceOptions) -> Curve:
     """The curve of the stream, or the full width alone."""
     full = decoder.width
     if "stream" not in options.axes:
         return Curve((full,), (0.0,))
     step = options.cut_step("stream", decoder.model.device)
     widths = [full - math.ceil(full * number / 32 / step) * step for number in range(1, WIDTHS + 1)]
-    sites = [*sensitivity.sites.values()]
     return stream_curve(sites, shared_basis(sites), [width for width in widths if width > 0])
 
 

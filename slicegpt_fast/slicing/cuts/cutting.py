@@ -29,20 +29,19 @@ class ChannelCut:
     Attributes:
         curve: predicted loss per token against channels kept, by every expert of the layer alike.
         orders: [F] per expert, the channels as they are removed.
-        statistics: of the writer.
+        inputs: C [F, F] of the writer, per expert.
     """
 
     curve: Curve
     orders: tuple[Tensor, ...]
-    statistics: Statistics
+    inputs: tuple[Tensor, ...]
 
     @torch.no_grad()
     def fill_(self, narrow: nn.Module, dense: nn.Module, branch: Branch, size: int) -> None:
         """Fill the narrow layer's weights of ``branch`` with those of the ``size`` channels that stay."""
         (source,), (target,) = weights(dense, branch.writers), weights(narrow, branch.writers)
         kept = [survivors(order, size) for order in self.orders]
-        inputs = [each.inputs for each in self.statistics]
-        writers = [repair(w.T, c, k).T for w, c, k in zip(_stack(source), inputs, kept, strict=True)]
+        writers = [repair(w.T, c, k).T for w, c, k in zip(_stack(source), self.inputs, kept, strict=True)]
         target.matrix = _unstack(writers, source)
         readers = zip(channel_readers(dense, branch), channel_readers(narrow, branch), strict=True)
         for (reader, weight), (_, to) in readers:
@@ -62,13 +61,13 @@ class ValueCut:
     Attributes:
         curve: predicted loss per token against the rank.
         bases: [G, head dim, head dim] fp64, of each key and value head, the most valuable first.
-        statistics: of the output projection, without the value bias.
+        inputs: C of the output projection, without the value bias.
         gain: [D] fp64, what the value bias adds to the output projection's; None where there is no value bias.
     """
 
     curve: Curve
     bases: Tensor
-    statistics: WriterStatistics
+    inputs: Tensor
     gain: Tensor | None
 
     @torch.no_grad()
@@ -81,7 +80,7 @@ class ValueCut:
         if target.bias is not None and source.bias is not None:
             target.bias = _replaced(source.bias, ranges, [source.bias.new_zeros(rank)] * len(ranges))
         (output,), (narrow_output,) = weights(dense, branch.writers), weights(narrow, branch.writers)
-        narrow_output.matrix = refit(output.matrix.T, self.statistics.inputs, self.bases, rank).T
+        narrow_output.matrix = refit(output.matrix.T, self.inputs, self.bases, rank).T
         if narrow_output.bias is not None:
             narrow_output.bias = sum((b.double() for b in (output.bias, self.gain) if b is not None), torch.zeros(()))
 
@@ -100,23 +99,26 @@ def fit_cuts(
     *,
     channels: int | None,
     values: int | None,
+    layers: range | None = None,
     progress: bool = True,
 ) -> list[LayerCuts]:
-    """Fit the cuts of every decoder layer.
+    """Fit the cuts of decoder layers.
 
     Args:
         decoder: the dense model.
         sensitivity: its statistics.
         channels, values: the step between sizes of each axis; None where it is not to be cut.
+        layers: which of them, by default all.
         progress: show a progress bar over the layers.
     """
     sublayers = [*decoder.sublayers()]
     found: list[LayerCuts] = []
-    for index, layer in enumerate(tqdm(decoder.layers, desc="fitting cuts", unit="layer", disable=not progress)):
-        cuts = LayerCuts(None, None)
+    layers = range(len(decoder.layers)) if layers is None else layers
+    for index in tqdm(layers, desc="fitting cuts", unit="layer", disable=not progress):
+        layer, cuts = decoder.layers[index], LayerCuts(None, None)
         for branch in (b for site, sublayer in sublayers if site.index == index for b in sublayer.branches):
             path = next(p for p in branch.writers if weights(layer, (p,)))
-            statistics = sensitivity.writers[f"{decoder.layer_path(index)}.{path}"]
+            statistics = sensitivity.writers.get(f"{decoder.layer_path(index)}.{path}", ())
             if branch.activation is not None and channels:
                 cuts = LayerCuts(_fit_channels(layer, branch, statistics, channels), cuts.values)
             elif branch.activation is None and values:
@@ -131,7 +133,8 @@ def _fit_channels(layer: nn.Module, branch: Branch, statistics: Statistics, step
         eliminate(matrix.T, each.inputs, each.gradients, step=step)
         for matrix, each in zip(_stack(writer), statistics, strict=True)
     ]
-    return ChannelCut(total([curve for _, curve in fitted]), tuple(order for order, _ in fitted), statistics)
+    orders, curves = zip(*fitted, strict=True)
+    return ChannelCut(total(curves), orders, tuple(each.inputs for each in statistics))
 
 
 def _fit_values(layer: nn.Module, branch: Branch, statistics: WriterStatistics, heads: Heads, step: int) -> ValueCut:
@@ -143,7 +146,7 @@ def _fit_values(layer: nn.Module, branch: Branch, statistics: WriterStatistics, 
     bases, curve = principal_values(
         writer.matrix.T, statistics.inputs, statistics.gradients, heads=heads.values, head_dim=heads.size, step=step
     )
-    return ValueCut(curve, bases, statistics, gain)
+    return ValueCut(curve, bases, statistics.inputs, gain)
 
 
 @torch.inference_mode(False)  # its weights could not be trained

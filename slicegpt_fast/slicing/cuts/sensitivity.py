@@ -9,9 +9,13 @@ expected outer product of gradients as the curvature and inputs independent of g
 The second half of C counts a token the more, the more its error matters; s brings it to the mean diagonal of the first.
 At a norm site the same holds with n, the normalised stream before the norm's weight and bias: an error of covariance E
 in what its readers are given costs 1/2 tr(G E), where G is the covariance of the gradient at n.
+
+All in fp64: the sums of a writer, of each expert of a mixture, take 8 (2 F^2 + D^2) bytes, two matrices [F, F] until
+the mean diagonals are known, and those of a norm 16 D^2. C takes 8 F^2 until the cut is made. Where memory is short,
+groups of layers have their statistics taken one after another, in a pass each, which changes none of them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +33,7 @@ from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
 from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.layers import norm_eps, rstd
+from slicegpt_fast.slicing.options import AXES, Axis
 from slicegpt_fast.slicing.storage import IN_MEMORY
 
 
@@ -80,13 +85,22 @@ class Sensitivity:
     loss: float
 
 
-def measure_sensitivity(model: PreTrainedModel, calibration: Iterable[Batch], *, progress: bool = True) -> Sensitivity:
+def measure_sensitivity(
+    model: PreTrainedModel,
+    calibration: Iterable[Batch],
+    *,
+    layers: range | None = None,
+    axes: Sequence[Axis] = AXES,
+    progress: bool = True,
+) -> Sensitivity:
     """Take the statistics of a dense model in one pass over calibration batches.
 
     Args:
         model: the dense model; unchanged on return.
         calibration: token batches, each a [B, T] (or [T]) integer tensor or a mapping with ``input_ids`` and, where
             there is padding, ``attention_mask``. Padded positions count nowhere.
+        layers: the decoder layers to take them of, by default all; the final norm belongs to the last.
+        axes: what is to be cut: channels and values need statistics of writers, the stream those of norms.
         progress: show a progress bar over the batches.
 
     Raises:
@@ -95,8 +109,9 @@ def measure_sensitivity(model: PreTrainedModel, calibration: Iterable[Batch], *,
     IN_MEMORY.check(model)
     batches = list(checked(calibration, model.config, model.device))
     decoder = Decoder(model)
-    writers, norms = _taps(decoder)
-    first = decoder.layers[0]
+    layers = range(len(decoder.layers)) if layers is None else layers
+    writers, norms = _taps(decoder, layers, axes)
+    first = decoder.layers[layers.start]
     tokens, predicted, loss = 0, 0, 0.0
     with evaluating(model), _frozen(model), torch.enable_grad():
         for batch in tqdm(batches, desc="sensitivity", unit="batch", disable=not progress):
@@ -117,6 +132,21 @@ def measure_sensitivity(model: PreTrainedModel, calibration: Iterable[Batch], *,
         tokens,
         loss / predicted,
     )
+
+
+def layers_within(decoder: Decoder, start: int, memory: float) -> range:
+    """Return the decoder layers from ``start`` on, at least one, whose sums take at most ``memory`` bytes together."""
+    for index in range(start, len(decoder.layers)):
+        for site, sublayer in decoder.sublayers():
+            if site.index == index:
+                norms = {branch.norm for branch in sublayer.branches}
+                memory -= 16 * decoder.width**2 * len(norms)
+                for writer in (w for branch in sublayer.branches for w in weights(site.part, branch.writers)):
+                    outputs, inputs = writer.matrix.shape[-2:]
+                    memory -= 8 * (2 * inputs**2 + outputs**2) * (writer.matrix.numel() // (outputs * inputs))
+        if memory < 0 and index > start:
+            return range(start, index)
+    return range(start, len(decoder.layers))
 
 
 class _Sums:
@@ -229,21 +259,25 @@ class _NormTap:
         return SiteStatistics(self.inputs.div_(tokens), gradients)
 
 
-def _taps(decoder: Decoder) -> tuple[list[_LinearTap | _ExpertsTap], list[_NormTap]]:
-    """The writers and the norms of a model, in the stream's order."""
-    centered = decoder.architecture.centered
+def _taps(
+    decoder: Decoder, layers: range, axes: Sequence[Axis]
+) -> tuple[list[_LinearTap | _ExpertsTap], list[_NormTap]]:
+    """The writers and the norms of some layers, in the stream's order, as far as cuts along these axes need them."""
     writers: list[_LinearTap | _ExpertsTap] = []
-    norms: dict[str, _NormTap] = {}
-    for site, sublayer in decoder.sublayers():
-        for branch in sublayer.branches:
-            norm = f"{site.path}.{branch.norm}"
-            if norm not in norms:
-                norms[norm] = _NormTap(norm, at(site.part, branch.norm), centered)
+    norms: dict[str, nn.Module] = {}
+    for site, branch in ((s, branch) for s, sublayer in decoder.sublayers() for branch in sublayer.branches):
+        if site.index not in layers:
+            continue
+        norms.setdefault(f"{site.path}.{branch.norm}", at(site.part, branch.norm))
+        if ("values" if branch.activation is None else "channels") in axes:
             for name in branch.writers:
                 for writer in weights(site.part, (name,)):  # none where the layer lacks it
                     tap = _ExpertsTap if writer.matrix.ndim == 3 else _LinearTap
                     writers.append(tap(f"{site.path}.{name}", writer))
-    return writers, [*norms.values(), _NormTap(decoder.sites[-1].path, decoder.final_norm, centered)]
+    if layers.stop == len(decoder.layers):
+        norms[decoder.sites[-1].path] = decoder.final_norm
+    centered = decoder.architecture.centered
+    return writers, [_NormTap(*norm, centered) for norm in norms.items() if "stream" in axes]
 
 
 def summed_loss(model: Any, batch: dict[str, Tensor], mask: Tensor) -> tuple[Tensor, int]:
@@ -259,7 +293,7 @@ def summed_loss(model: Any, batch: dict[str, Tensor], mask: Tensor) -> tuple[Ten
 
 
 def _start_gradients(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Let gradients begin at the stream that enters the first decoder layer: the parameters have none."""
+    """Let gradients begin at the stream that enters the first layer of interest: the parameters have none."""
     return (args[0].detach().requires_grad_(), *args[1:])
 
 

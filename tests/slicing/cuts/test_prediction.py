@@ -5,6 +5,7 @@ import torch
 from models import VOCABULARY, tiny_model
 
 from slicegpt_fast.slicing import SliceOptions, cut_to_budget
+from slicegpt_fast.slicing.cuts import budget
 from slicegpt_fast.slicing.cuts.budget import mean_loss
 
 
@@ -113,3 +114,13 @@ def test_more_budget_costs_less(trained):
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == 0
     assert (set(found.plan.widths), set(found.plan.channels), set(found.plan.values)) == ({32}, {64}, {16})
+
+
+def test_little_memory_gives_the_same_model(trained, monkeypatch):
+    options = SliceOptions(target_params=0.7, round_to=8)
+    expected = cut_to_budget(trained, batches(seed=2, number=4), options, progress=False)
+    monkeypatch.setattr(budget, "free_memory", lambda device: 1)  # one layer at a time
+    found = cut_to_budget(trained, batches(seed=2, number=4), options, progress=False)
+    assert found.trials == expected.trials
+    for name, tensor in found.model.state_dict().items():
+        assert torch.equal(tensor, expected.model.state_dict()[name])

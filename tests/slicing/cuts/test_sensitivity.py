@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from slicegpt_fast import InputError
 from slicegpt_fast.architectures import Decoder, at, weights
-from slicegpt_fast.slicing.cuts.sensitivity import measure_sensitivity
+from slicegpt_fast.slicing.cuts.sensitivity import layers_within, measure_sensitivity
 
 EXPERTS = ("mixtral", "qwen3-moe")
 
@@ -221,3 +221,42 @@ def test_statistics_that_are_not_finite_name_the_place():
         model.model.layers[1].self_attn.o_proj.weight[3, 5] = torch.inf
     with pytest.raises(InputError, match=r"at model\.layers\.\d\.\S+ are not finite: check the weights"):
         measure_sensitivity(model, [tokens(2, 20)], progress=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen3-moe"])
+def test_groups_of_layers_have_the_statistics_of_all_at_once(family):
+    model, batches = tiny_model(family), [tokens(2, 20), tokens(2, 20, seed=1)]
+    whole = measure_sensitivity(model, batches, progress=False)
+    parts = [measure_sensitivity(model, batches, layers=layers, progress=False) for layers in (range(1), range(1, 3))]
+    assert [path for part in parts for path in part.writers] == list(whole.writers)
+    assert [path for part in parts for path in part.sites] == list(whole.sites)
+    for part in parts:
+        assert (part.tokens, part.loss) == (whole.tokens, whole.loss)
+        for path, writers in part.writers.items():
+            for left, right in zip(writers, whole.writers[path], strict=True):
+                assert torch.equal(left.inputs, right.inputs)
+                assert torch.equal(left.gradients, right.gradients)
+        for path, site in part.sites.items():
+            assert torch.equal(site.inputs, whole.sites[path].inputs)
+            assert torch.equal(site.gradients, whole.sites[path].gradients)
+
+
+def test_only_the_statistics_of_the_axes_are_taken():
+    found = {
+        axis: measure_sensitivity(tiny_model(), [tokens(2, 20)], axes=(axis,), progress=False)
+        for axis in ("stream", "channels", "values")
+    }
+    assert {axis: (len(each.writers), len(each.sites)) for axis, each in found.items()} == {
+        "stream": (0, 7),
+        "channels": (3, 0),
+        "values": (3, 0),
+    }
+
+
+def test_groups_fill_the_memory_and_no_more():
+    decoder = Decoder(tiny_model())
+    layer = 8 * (2 * 80**2 + 48**2) + 8 * (2 * 48**2 + 48**2) + 2 * 16 * 48**2
+    for memory, ends in [(0, (1, 2, 3)), (2 * layer - 1, (1, 2, 3)), (2 * layer, (2, 3, 3)), (3 * layer, (3, 3, 3))]:
+        assert [layers_within(decoder, start, memory) for start in range(3)] == [
+            range(start, end) for start, end in enumerate(ends)
+        ]
