@@ -113,16 +113,31 @@ def test_speeds_are_the_committed_ones():
 
 
 def test_perplexities_are_the_committed_ones():
+    """Of every plan in the tables; a dash stands for what has not been measured."""
     measured = json.loads((ROOT / "docs/benchmarks/perplexity.json").read_text())
-    table = {row[0]: row[1:] for row in rows(section("Which basis?")) if len(row) == 6}
-    cells = [row for row in measured["rows"] if "perplexity" in row]
-    columns = sorted({row["budget"] for row in cells}, reverse=True)
-    for row in cells:
-        cell = table[row["plan"]][columns.index(row["budget"])]
-        assert cell == f"{row['perplexity']:.1f} ({row['width']})"
+    found = {(row["plan"], row["budget"]): row for row in measured["rows"] if "perplexity" in row}
+    columns = sorted({budget for _, budget in found}, reverse=True)
+
+    def cell(plan: str, budget: float, name: str = "perplexity", form: str = "{:.1f}") -> str:
+        row = found.get((plan, budget), {})
+        narrow = name == "perplexity" and row and row["width"] < measured["full_width"]
+        return form.format(row[name]) + (f" ({row['width']})" if narrow else "") if name in row else "–"
+
+    plans = {row[0]: row[1:] for row in rows(section("Which basis?")) if len(row) == 6}
+    _, head, table = section("What is cut").partition("| cut |")
+    cuts = {row[0]: row[1:] for row in rows(head + table) if len(row) == 8}
+    assert len(columns) == 5
+    assert plans.keys() | cuts.keys() >= {plan for plan, _ in found}
+    assert list(cuts) == ["channels", "channels + values", "auto", "whole layers dropped", "shared, re-fitted"]
+    for plan, cells in plans.items():
+        assert cells == [cell(plan, budget) for budget in columns]
+    for plan, cells in cuts.items():
+        beside = [cell(plan, 0.8, "total", "{:.3f}"), cell(plan, 0.8, "code")]
+        assert cells == [*(cell(plan, budget) for budget in columns), *beside]
     stated = re.search(r"is ([\d.]+) at 80 % and ([\d.]+) at 95 %, where the dense model has ([\d.]+)\.", README)
-    best = {row["budget"]: row["perplexity"] for row in cells if row["plan"] == "shared, re-fitted"}
-    assert stated.groups() == tuple(f"{each:.1f}" for each in (best[0.8], best[0.95], measured["dense_perplexity"]))
+    best = "auto" if ("auto", 0.8) in found else "shared, re-fitted"
+    levels = (found[best, 0.8]["perplexity"], found[best, 0.95]["perplexity"], measured["dense_perplexity"])
+    assert stated.groups() == tuple(f"{each:.1f}" for each in levels)
 
 
 def test_the_table_of_models_is_the_table_of_the_code():
