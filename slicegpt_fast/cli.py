@@ -124,7 +124,9 @@ Sparsity = Annotated[
 ]
 TargetParams = Annotated[
     float | None,
-    typer.Option(metavar="SHARE", help="Keep this share of the decoder blocks' stored parameters, shortcuts included."),
+    typer.Option(
+        metavar="SHARE", help="Keep this share of the decoder blocks' stored parameters, cut wherever it costs least."
+    ),
 ]
 CutNames = Annotated[
     str | None,

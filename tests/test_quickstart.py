@@ -265,11 +265,15 @@ def test_the_real_thing(tmp_path):
         [script, "quickstart", "--out", tmp_path / "out"], stdout=subprocess.PIPE, text=True, check=True
     ).stdout
     rows = {cells[0]: cells[1:] for cells in re.findall(r"│ +(.+?) +│ +(.+?) +│ +(.+?) +│ +(.+?) +│", shown)}
-    assert rows["stored parameters"] == ("134.5 M", "128.9 M", "0.958")
-    assert rows["in decoder blocks"] == ("106.2 M", "84.0 M", "0.791")
+    assert rows["stored parameters"][0] == "134.5 M"
+    assert float(rows["stored parameters"][2]) <= 0.85
+    assert rows["in decoder blocks"][0] == "106.2 M"
+    assert 0.79 <= float(rows["in decoder blocks"][2]) <= 0.8
     assert rows["matmul FLOPs per token"][0] == "269.0 M"
     dense, sliced, _ = map(float, rows["perplexity"])
     assert dense == pytest.approx(14.61, rel=1e-3)
-    assert sliced == pytest.approx(38.6, rel=0.02)
+    assert sliced <= 19.8
+    dense, sliced, _ = map(float, rows["perplexity on code"])
+    assert dense < sliced
     assert "logits equal bit for bit" in shown
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB
