@@ -15,6 +15,7 @@ def compile_for(target: str, how_much: str, *dtypes: str) -> None:
     """Runs aot.py in a process of its own: this one's kernels may belong to the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("aot.py")
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "bench")  # compile_ahead
     run = subprocess.run(
         [sys.executable, script, target, how_much, *dtypes], env=environment, capture_output=True, text=True
     )
