@@ -159,12 +159,17 @@ def _unit(decoder: Decoder, site: Site, branch: Branch, count: Callable[[Tensor]
         reader, weight = value_reader(layer, branch)
         vectors = (heads.queries + heads.values) * count(weight.matrix) / weight.matrix.numel()
         biased = weight.bias is not None and reader.outputs != ("value",)
-        return Cost(round(vectors), heads.values if biased else 0)
+        return Cost(round(vectors), round(heads.values * _each(weight.bias, count)) if biased else 0)
     readers = [(reader, weight) for reader, weight in channel_readers(layer, branch)]
     channels = writers[0].matrix.shape[-1]
     stored = sum(count(weight.matrix) for weight in [*(w for _, w in readers), *writers])
-    scalars = sum(len(reader.outputs) for reader, weight in readers if weight.bias is not None)
-    return Cost(round(stored / channels / decoder.width), scalars)
+    scalars = sum(len(reader.outputs) * _each(weight.bias, count) for reader, weight in readers)
+    return Cost(round(stored / channels / decoder.width), round(scalars))
+
+
+def _each(bias: Tensor | None, count: Callable[[Tensor], float]) -> float:
+    """What an entry of a bias counts for; nothing where there is none."""
+    return 0.0 if bias is None else count(bias) / bias.numel()
 
 
 def _vectors(decoder: Decoder, count: Callable[[Tensor], float]) -> int:

@@ -29,7 +29,7 @@ class ChannelCut:
     Attributes:
         curve: predicted loss per token against channels kept, by every expert of the layer alike.
         orders: [F] per expert, the channels as they are removed.
-        inputs: C [F, F] of the writer, per expert.
+        inputs: C [F, F] of the writer, per expert, in host memory: those of all layers are kept until the cut is made.
     """
 
     curve: Curve
@@ -41,7 +41,8 @@ class ChannelCut:
         """Fill the narrow layer's weights of ``branch`` with those of the ``size`` channels that stay."""
         (source,), (target,) = weights(dense, branch.writers), weights(narrow, branch.writers)
         kept = [survivors(order, size) for order in self.orders]
-        writers = [repair(w.T, c, k).T for w, c, k in zip(_stack(source), self.inputs, kept, strict=True)]
+        each = zip(_stack(source), self.inputs, kept, strict=True)
+        writers = [repair(matrix.T, inputs.to(matrix.device), k).T for matrix, inputs, k in each]
         target.matrix = _unstack(writers, source)
         readers = zip(channel_readers(dense, branch), channel_readers(narrow, branch), strict=True)
         for (reader, weight), (_, to) in readers:
@@ -61,7 +62,7 @@ class ValueCut:
     Attributes:
         curve: predicted loss per token against the rank.
         bases: [G, head dim, head dim] fp64, of each key and value head, the most valuable first.
-        inputs: C of the output projection, without the value bias.
+        inputs: C of the output projection, without the value bias, in host memory.
         gain: [D] fp64, what the value bias adds to the output projection's; None where there is no value bias.
     """
 
@@ -80,7 +81,8 @@ class ValueCut:
         if target.bias is not None and source.bias is not None:
             target.bias = _replaced(source.bias, ranges, [source.bias.new_zeros(rank)] * len(ranges))
         (output,), (narrow_output,) = weights(dense, branch.writers), weights(narrow, branch.writers)
-        narrow_output.matrix = refit(output.matrix.T, self.inputs, self.bases, rank).T
+        inputs = self.inputs.to(output.matrix.device)
+        narrow_output.matrix = refit(output.matrix.T, inputs, self.bases, rank).T
         if narrow_output.bias is not None:
             narrow_output.bias = sum((b.double() for b in (output.bias, self.gain) if b is not None), torch.zeros(()))
 
@@ -134,7 +136,7 @@ def _fit_channels(layer: nn.Module, branch: Branch, statistics: Statistics, step
         for matrix, each in zip(_stack(writer), statistics, strict=True)
     ]
     orders, curves = zip(*fitted, strict=True)
-    return ChannelCut(total(curves), orders, tuple(each.inputs for each in statistics))
+    return ChannelCut(total(curves), orders, tuple(each.inputs.cpu() for each in statistics))
 
 
 def _fit_values(layer: nn.Module, branch: Branch, statistics: WriterStatistics, heads: Heads, step: int) -> ValueCut:
@@ -146,7 +148,7 @@ def _fit_values(layer: nn.Module, branch: Branch, statistics: WriterStatistics, 
     bases, curve = principal_values(
         writer.matrix.T, statistics.inputs, statistics.gradients, heads=heads.values, head_dim=heads.size, step=step
     )
-    return ValueCut(curve, bases, statistics.inputs, gain)
+    return ValueCut(curve, bases, statistics.inputs.cpu(), gain)
 
 
 @torch.inference_mode(False)  # its weights could not be trained

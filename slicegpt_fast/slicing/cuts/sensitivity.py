@@ -11,8 +11,10 @@ At a norm site the same holds with n, the normalised stream before the norm's we
 in what its readers are given costs 1/2 tr(G E), where G is the covariance of the gradient at n.
 
 All in fp64: the sums of a writer, of each expert of a mixture, take 8 (2 F^2 + D^2) bytes, two matrices [F, F] until
-the mean diagonals are known, and those of a norm 16 D^2. C takes 8 F^2 until the cut is made. Where memory is short,
-groups of layers have their statistics taken one after another, in a pass each, which changes none of them.
+the mean diagonals are known, and those of a norm 16 D^2. C takes 8 F^2 of host memory until the cut is made, twice that
+while plans are compared. Where memory is short, groups of layers have their statistics taken one after another, in a
+pass each, which changes none of them. For 32 layers with D = 4096 and F = 14336 (Llama-3-8B) the sums take 4.4 GB per
+layer, the norms' 17 GB in all, C 57 GB.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -12,6 +12,7 @@ correlated, and that each changes the stream before the next.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -45,4 +46,4 @@ def stream_curve(sites: Iterable[SiteStatistics], basis: Tensor, widths: Sequenc
 
 def shared_basis(sites: Iterable[SiteStatistics]) -> Tensor:
     """Return the principal components [D, D] of all sites' normalised streams together, the largest first."""
-    return principal_components(torch.stack([site.inputs for site in sites]).sum(0))[1]
+    return principal_components(reduce(torch.add, (site.inputs for site in sites)))[1]

@@ -13,10 +13,12 @@ from slicegpt_fast import InputError, patch_model, patch_report, unpatch_model
 from slicegpt_fast.architectures import Decoder, weights
 from slicegpt_fast.slicing import SliceOptions, block_parameters, cut_to_budget, slice_config_of
 from slicegpt_fast.slicing.cuts.budget import cut_to_sizes
-from slicegpt_fast.slicing.cuts.choice import Sizes
+from slicegpt_fast.slicing.cuts.choice import Sizes, choose_sizes
+from slicegpt_fast.slicing.cuts.curve import Curve
 from slicegpt_fast.slicing.cuts.cutting import cut_model, fit_cuts
 from slicegpt_fast.slicing.cuts.narrow import channels_of, narrow_values_
 from slicegpt_fast.slicing.cuts.sensitivity import measure_sensitivity
+from slicegpt_fast.slicing.layers import empty_copy, narrow_
 
 CALIBRATION = [tokens(4, 32, seed=1), tokens(4, 32, seed=2)]
 BATCHES = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in CALIBRATION]
@@ -194,6 +196,21 @@ def test_the_result_stores_no_more_than_the_budget(family, target, budget):
     assert target - 0.06 < stored / dense <= target
     assert found.trials[0].sizes.stored == pytest.approx(stored / dense)
     assert found.plan == slice_config_of(found.model).plan()
+
+
+@pytest.mark.parametrize(("family", "options"), [("qwen2", {}), ("stablelm", {}), ("falcon-rw", {"bias": False})])
+def test_biases_that_a_cut_adds_are_within_the_budget(family, options):
+    """Where a value bias goes through the output projection, or a norm's into its readers, what had none gets one."""
+    model = tiny_model(family, **options)
+    decoder, cuts = Decoder(model), fitted(model)
+    stream = Curve((48, 40), (0.0, 1e-6))
+    for share in torch.linspace(0.7, 0.99, 59).tolist():
+        found = choose_sizes(decoder, cuts, stream, share)
+        assert {sizes.width for sizes in found} == {48, 40}
+        for sizes in found:
+            outline = empty_copy(model)
+            narrow_(outline, sizes.plan(decoder))
+            assert block_parameters(outline) <= share * block_parameters(model)
 
 
 def counted(model, budget):

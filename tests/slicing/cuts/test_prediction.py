@@ -7,6 +7,7 @@ from models import VOCABULARY, tiny_model
 from slicegpt_fast.slicing import SliceOptions, cut_to_budget
 from slicegpt_fast.slicing.cuts import budget
 from slicegpt_fast.slicing.cuts.budget import mean_loss
+from slicegpt_fast.slicing.cuts.sensitivity import measure_sensitivity
 
 
 def text(sequences, generator):
@@ -75,6 +76,27 @@ def test_the_plan_taken_is_the_best_on_held_out_text(trained):
     assert found.trials[: len(tried)] == tuple(sorted(tried, key=lambda trial: trial.added))
     assert found.plan.widths[0] == found.trials[0].sizes.width
     assert all(trial.sizes.stored <= 0.7 for trial in found.trials)
+
+
+def test_plans_are_compared_on_text_that_they_were_not_fitted_to(trained, monkeypatch):
+    fitted, tried = [], []
+
+    def fit(model, text, **options):
+        fitted.append(text)
+        return measure_sensitivity(model, text, **options)
+
+    def attempt(model, text):
+        tried.append(text)
+        return mean_loss(model, text)
+
+    monkeypatch.setattr(budget, "measure_sensitivity", fit)
+    monkeypatch.setattr(budget, "mean_loss", attempt)
+    cut_to_budget(trained, batches(seed=2), SliceOptions(target_params=0.7, round_to=8), progress=False)
+    assert [len(text) for text in fitted] == [8, 6]
+    assert len(tried) > 2  # the dense model's, and of two plans
+    for text in tried:
+        assert len(text) == 2
+        assert not any(torch.equal(a["input_ids"], b["input_ids"]) for a in text for b in fitted[1])
 
 
 @pytest.mark.parametrize("cut", [("channels", "values"), ("stream",)])

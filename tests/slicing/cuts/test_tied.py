@@ -1,5 +1,6 @@
 """A sliced stream leaves tied tables one table: exactly what two narrow ones compute, in fewer parameters."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -128,3 +129,22 @@ def test_a_plain_export_has_two_narrow_tables(family, tmp_path):
     assert plain.get_input_embeddings().weight.shape == (VOCABULARY, config.hidden_size)
     assert plain.get_output_embeddings().weight is not plain.get_input_embeddings().weight
     assert_close(logits(plain, tokens(2, 9)), logits(found.model, tokens(2, 9)))
+
+
+@pytest.mark.parametrize(
+    ("tied", "change", "message"),
+    [
+        (True, {"quantization_config": {"tied": False}}, r"has shape .*, its config asks for"),
+        (True, {"tie_word_embeddings": False}, "tied True, which takes a model whose head is its embedding table"),
+        (False, {"quantization_config": {"tied": True}}, "tied True, which takes a model whose head"),
+        (True, {"quantization_config": {"tied": "yes"}}, "tied 'yes', which takes"),
+        (True, {"quantization_config": {"basis": None, "widths": [48] * 7}}, "and a sliced stream"),
+    ],
+)
+def test_a_config_that_was_changed(tied, change, message, tmp_path):
+    cut_family(width=STREAM, tied=tied).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change = change | {"quantization_config": config["quantization_config"] | change.get("quantization_config", {})}
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
