@@ -89,7 +89,7 @@ def change(model):
     if MODE.startswith("sliced"):
         ids = torch.randint(model.config.vocab_size, (8, 16), generator=torch.Generator("cpu").manual_seed(0))
         sparsity = 0.25 if MODE == "sliced" else 0
-        slice_head = architecture_of(model).keeps_width
+        slice_head = architecture_of(model.config).keeps_width
         training = model.training
         sliced = slice_model(model, [ids], sparsity=sparsity, slice_head=slice_head, progress=False)
         vars(model).clear()
