@@ -27,11 +27,14 @@ from slicegpt_fast.patching.selfcheck import Call, compare, record
 __all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
 
 
+Options = tuple[str, tuple[str, ...], tuple[str, ...]]  # backend, include, exclude
+
+
 @dataclass
 class Patch:
     """What was done to a model; kept on the model."""
 
-    options: tuple[str, tuple[str, ...], tuple[str, ...]]
+    options: Options
     parts: dict[str, FusedSublayer | FusedHead | str] = field(default_factory=dict)  # str: why it stays as it is
     layers: list[FusedLayer] = field(default_factory=list)
     check: str = ""  # what the self-check came to
@@ -82,7 +85,7 @@ def patch_model(
     strict: bool = False,
     check: bool = True,
 ) -> PreTrainedModel:
-    """Runs the decoder layers of ``model`` on the fused ops, in place, for this instance alone.
+    """Run the decoder layers of ``model`` on the fused ops, in place, for this instance alone.
 
     Fused is what runs in evaluation mode and without autograd (``generate``, ``torch.no_grad()``); everything else goes
     through the layers as they were, and so does a sublayer on which somebody hangs a hook or an adapter later.
@@ -120,27 +123,7 @@ def patch_model(
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise InputError(f"model has dtype {model.dtype}; the ops take {dtypes}: convert it with model.to().")
 
-    names = [f"{site.path}.{sublayer.name}" for site, sublayer in decoder.sublayers()]
-    family = model.config.model_type
-    for pattern in options[1] + options[2]:
-        if not any(fnmatchcase(name, pattern) for name in (*names, decoder.head_path)):
-            raise InputError(
-                f"no part of the model is called {pattern!r}; the parts are {names[0]} ... {decoder.head_path}."
-            )
-
-    patch = Patch(options)
-    layers: dict[int, FusedLayer] = {}
-    for name, (site, sublayer) in zip(names, decoder.sublayers(), strict=True):
-        _check_devices(site.path, site.part)
-        fuse = partial(FusedSublayer, site.part, decoder.architecture, sublayer, family)
-        part = patch.parts[name] = _fused(name, options, fuse)
-        if isinstance(part, FusedSublayer):
-            if site.index not in layers:
-                layers[site.index] = FusedLayer(site.part, decoder.architecture)
-            layers[site.index].sublayers[sublayer.name] = part
-    patch.parts[decoder.head_path] = _fused(decoder.head_path, options, partial(FusedHead, _head(decoder)))
-    patch.layers = list(layers.values())
-
+    patch = _fuse(decoder, options)
     message = f"no decoder layer was patched: {next(iter(patch.parts.values()))}."
     if strict and not patch.layers:
         raise InputError(message)
@@ -161,7 +144,7 @@ def patch_model(
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Undoes ``patch_model``: the model computes bit for bit what it did before. No effect on a model without a patch.
+    """Undo ``patch_model``: the model computes bit for bit what it did before. No effect on a model without a patch.
 
     Returns:
         ``model``.
@@ -202,6 +185,30 @@ def op_requests(model: PreTrainedModel) -> Requests:
     return found
 
 
+def _fuse(decoder: Decoder, options: Options) -> Patch:
+    """The fused form of every part of a model that has one, and why the others have none."""
+    names = [f"{site.path}.{sublayer.name}" for site, sublayer in decoder.sublayers()]
+    for pattern in options[1] + options[2]:
+        if not any(fnmatchcase(name, pattern) for name in (*names, decoder.head_path)):
+            raise InputError(
+                f"no part of the model is called {pattern!r}; the parts are {names[0]} ... {decoder.head_path}."
+            )
+    patch = Patch(options)
+    layers: dict[int, FusedLayer] = {}
+    family = decoder.model.config.model_type
+    for name, (site, sublayer) in zip(names, decoder.sublayers(), strict=True):
+        _check_devices(site.path, site.part)
+        fuse = partial(FusedSublayer, site.part, decoder.architecture, sublayer, family)
+        part = patch.parts[name] = _fused(name, options, fuse)
+        if isinstance(part, FusedSublayer):
+            if site.index not in layers:
+                layers[site.index] = FusedLayer(site.part, decoder.architecture)
+            layers[site.index].sublayers[sublayer.name] = part
+    patch.parts[decoder.head_path] = _fused(decoder.head_path, options, partial(FusedHead, _head(decoder)))
+    patch.layers = list(layers.values())
+    return patch
+
+
 def _row(name: str, part: FusedSublayer | FusedHead | str, backend: str) -> PartReport:
     reason = part if isinstance(part, str) else "training mode" if part.module.training else part.unfused()
     if isinstance(part, str) or reason is not None:
@@ -217,7 +224,7 @@ def _backends(requests: Requests, backend: str) -> tuple[str, ...]:
 
 
 def _fused(
-    name: str, options: tuple[str, tuple[str, ...], tuple[str, ...]], fuse: Callable[[str], FusedSublayer | FusedHead]
+    name: str, options: Options, fuse: Callable[[str], FusedSublayer | FusedHead]
 ) -> FusedSublayer | FusedHead | str:
     """A part in its fused form, or why it stays as it is."""
     backend, include, exclude = options
