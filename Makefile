@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 # One pip command for the package and everything it needs, so that the pinned torch is the only one that is downloaded.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+# A process per core; whichever runs out of tests takes over some of another's. pytest-benchmark is for bench/ alone.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal -p no:benchmark
 FORMATTED := $(NATIVE) $(wildcard tests/native/*.[ch]* tests/emulator/*.[ch]* tests/emulator/cuda/*.cuh)
+COMMIT ?= $(shell git describe --always --dirty 2> /dev/null)
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(NATIVE)
 
 .PHONY: help quickstart test test-slow sanitize bench gpu-check wheel format clean
@@ -22,24 +25,25 @@ test: $(VENV)/.installed-test  ## check style and types, then run the fast tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy slicegpt_fast
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed-test  ## run the tests that `make test` leaves out
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 sanitize: $(VENV)/.installed-test  ## run the tests of the CPU kernels and of the emulated CUDA kernels under sanitizers
 	SLICEGPT_FAST_SANITIZE=1 SLICEGPT_FAST_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize SLICEGPT_FAST_SANITIZE=1 \
-	    $(BIN)/pytest tests/ops -k "cpu or cuda"
+	    $(PYTEST) tests/ops -k "cpu or cuda"
 
 bench: $(VENV)/.installed-test  ## measure the ops and whole models on this machine; BENCH=--quick for the short part
 	@mkdir -p build/bench
 	$(BIN)/pytest bench $(BENCH) --quiet --benchmark-quiet --benchmark-json build/bench/run.json
 	$(BIN)/python bench/report.py build/bench/run.json --out build/bench
 
-gpu-check:  ## with a GPU, its packages, no network: test, tune, time the kernels with $(PYTHON); STAGES="tests tune"
-	bench/gpu_check.sh $(PYTHON) build/gpu-check $(STAGES)
+gpu-check:  ## with a GPU and $(PYTHON)'s packages: check, tune, time the kernels; STAGES="smoke ops" SECONDS=560 RESULTS=DIR
+	$(PYTHON) bench/gpu_check.py $(if $(STAGES),--stages "$(STAGES)") $(if $(SECONDS),--seconds $(SECONDS)) \
+	    $(if $(RESULTS),--results $(RESULTS)) --commit "$(COMMIT)"
 
 wheel: | $(BIN)/python  ## build a wheel for this Python into dist/
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

@@ -6,20 +6,22 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import DEVICE, PREFILL_ROWS, by_kernel, by_torch, copies, random
+from timing import MACHINE, PREFILL_ROWS, by_kernel, by_torch, copies, random
 
 from slicegpt_fast.ops import norm_linear, residual_linear
 
 EPS = 1e-5
 # Sliced width, width of the heads, of keys and values, of the MLP; dense shortcuts or none.
 BLOCKS = {
-    "cuda": [(d, 4096, 4096, 11008, "dense") for d in (2872, 3072, 3328)],
+    "cuda": [(d, 4096, 4096, 11008, "dense") for d in (2872, 2880, 3072, 3328)],
     "cpu": [
         pytest.param(456, 576, 192, 1536, "none", marks=pytest.mark.quick),
         (2872, 4096, 4096, 11008, "dense"),
     ],
-}[DEVICE.type]
-ROWS = {"cuda": [1, 4, 16, PREFILL_ROWS], "cpu": [1, PREFILL_ROWS]}[DEVICE.type]
+    "tiny": [(24, 32, 16, 40, "dense")],
+}[MACHINE]
+ROWS = {"cuda": [1, 4, 16, PREFILL_ROWS], "cpu": [1, PREFILL_ROWS], "tiny": [1, PREFILL_ROWS]}[MACHINE]
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16"], "tiny": ["float16"]}[MACHINE]
 
 
 def fused(h, sumsq, qkv, out, gate_up, down, into_mlp, out_of_mlp, *, backend):
@@ -40,7 +42,7 @@ def torch_formulation(h, _, qkv, out, gate_up, down, into_mlp, out_of_mlp):
 
 
 @pytest.mark.parametrize("M", ROWS)
-@pytest.mark.parametrize("dtype", ["bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "heads", "keys", "mlp", "kind"), BLOCKS)
 def bench_block(measure, d, heads, keys, mlp, kind, dtype, M):
     h = random(M, d, dtype=dtype)

@@ -4,15 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from timing import DEVICE, by_kernel, random
+from timing import DEVICE, MACHINE, by_kernel, random
 
 from slicegpt_fast.ops import covariance_
 
 SHAPES = {  # tokens, width
     "cuda": [(65536, D) for D in (2872, 4096, 8192)],
     "cpu": [pytest.param(4096, 576, marks=pytest.mark.quick), (1024, 2872), (1024, 4096)],
-}[DEVICE.type]
-DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"]}[DEVICE.type]
+    "tiny": [(40, 24)],
+}[MACHINE]
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"], "tiny": ["float16"]}[MACHINE]
 
 
 def full_matmul(x):

@@ -6,6 +6,7 @@ import gc
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from timing import DEVICE, Found, Times, random
+from timing import DEVICE, MACHINE, Found, Times, random
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig, PreTrainedConfig, PreTrainedModel
 
-from slicegpt_fast import load_model, patch_model, save_model
+from slicegpt_fast import InputError, load_model, patch_model, save_model
 from slicegpt_fast.benchmark import Speeds, benchmark, now
 from slicegpt_fast.ops.dispatch import use_backend
-from slicegpt_fast.slicing import SliceOptions, apply_bases, bases, make_plan
+from slicegpt_fast.slicing import SliceOptions, SlicePlan, apply_bases, bases, block_parameters, make_plan
 from slicegpt_fast.slicing.layers import narrow_
 
 
@@ -47,18 +48,28 @@ GEOMETRIES: dict[str, PreTrainedConfig] = {
         hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32, vocab_size=51200
     ),
 }
+if MACHINE == "tiny":
+    GEOMETRIES["Llama-2-7B"] = llama(64, 128, 2, 4, 2, 97)
 KEPT = 0.75  # of the decoder blocks' stored parameters
-MODELS = {"cuda": list(GEOMETRIES)[1:], "cpu": list(GEOMETRIES)[:1]}[DEVICE.type]
-BACKEND = {"cuda": "triton", "cpu": "auto"}[DEVICE.type]  # on a GPU, `auto` wants each shape tuned first
-HARNESSES = {"cuda": ("eager", "static"), "cpu": ("eager",)}[DEVICE.type]
-DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"]}[DEVICE.type]
-PROMPT, NEW_TOKENS, ROUNDS = {"cuda": (1984, 64, 5), "cpu": (512, 8, 5)}[DEVICE.type]
+MODELS = {"cuda": list(GEOMETRIES)[1:], "cpu": list(GEOMETRIES)[:1], "tiny": ["Llama-2-7B"]}[MACHINE]
+BACKENDS = {"cpu": ("auto",)}.get(MACHINE, ("auto", "cuda", "triton", "reference"))  # of the patched model
+BATCHES = {"cuda": (1, 8), "cpu": (1,), "tiny": (1, 2)}[MACHINE]
+HARNESSES = {"cuda": ("eager", "static"), "cpu": ("eager", "generate"), "tiny": ("eager", "static")}[MACHINE]
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"], "tiny": ["float16"]}[MACHINE]
+PROMPT, NEW_TOKENS, ROUNDS = {"cuda": (1984, 64, 5), "cpu": (512, 8, 5), "tiny": (20, 2, 1)}[MACHINE]
+
+# What the layers keep of SmolLM2-135M cut to 0.8 of its blocks: channels, in steps of 32, and values, in steps of 8.
+CHANNELS = [48, 48, 48, 47, 46, 44, 42, 42, 42, 40, 39, 48, 27, 23, 19, 20, 20, 19, 24, 25, 34, 32, 38, 38, 39, 39, 39]
+CHANNELS += [42, 48, 48]
+VALUES = [2, 8, 8, 8, 8, 7, 6, 3, 4, 6, 8, 8, 7, 8, 5, 4, 7, 6, 5, 7, 4, 6, 8, 8, 6, 6, 5, 7, 4, 8]
+PADDED = 128  # what channels are rounded up to where kernels have one tile
 
 # Dtype; hidden size, layers, tokens of what is sliced.
-SLICED = {"cuda": "bfloat16", "cpu": "float32"}[DEVICE.type]  # on a GPU the kernels take half precision alone
-BASE = {"cuda": (2048, 4, 16384), "cpu": (256, 4, 2048)}[DEVICE.type]
+# On a GPU the kernels take half precision alone.
+SLICED = {"cuda": "bfloat16", "cpu": "float32", "tiny": "float32"}[MACHINE]
+BASE = {"cuda": (2048, 4, 16384), "cpu": (256, 4, 2048), "tiny": (64, 1, 512)}[MACHINE]
 GROWTH = {"base": (1, 1, 1), "2 x width": (2, 1, 1), "2 x layers": (1, 2, 1), "2 x tokens": (1, 1, 2)}
-SLICES = {"cuda": 2, "cpu": 4}[DEVICE.type]  # rounds
+SLICES = {"cuda": 2, "cpu": 4, "tiny": 1}[MACHINE]  # rounds
 STAGES = ("forward", "covariance", "eigendecomposition", "rotation", "I/O")
 
 
@@ -154,39 +165,53 @@ def bench_slicing(record, growth, tmp_path):
     record(measuring)
 
 
+def narrowed(dense: PreTrainedModel, plan: SlicePlan) -> PreTrainedModel:
+    """A model of the plan's sizes with random weights."""
+    model = copy.deepcopy(dense)
+    narrow_(model, plan)
+    for module in model.modules():
+        for name, narrow in list(module.named_parameters(recurse=False)):
+            if narrow.is_meta:
+                weight = random(*narrow.shape, dtype=str(narrow.dtype).removeprefix("torch."))
+                setattr(module, name, nn.Parameter(weight))
+    return model
+
+
 @cache
-def speeds(geometry: str, dtype: str, harness: str) -> Speeds:
-    """Dense, sliced (shared basis) and patched side by side."""
+def speeds(geometry: str, dtype: str, backend: str, batch: int, harness: str) -> Speeds | str:
+    """Dense, sliced (shared basis) and patched side by side, or why ``backend`` cannot run."""
     torch._dynamo.reset()  # frees the models before these, and their CUDA graphs
     gc.collect()
     torch.manual_seed(0)
     dense = random_model(GEOMETRIES[geometry], dtype)
-    sliced = copy.deepcopy(dense)
-    narrow_(sliced, make_plan(dense, SliceOptions(target_params=KEPT, basis="shared")))
-    for module in sliced.modules():
-        for name, narrow in list(module.named_parameters(recurse=False)):
-            if narrow.is_meta:
-                setattr(module, name, nn.Parameter(random(*narrow.shape, dtype=dtype)))
-    models = {"dense": dense, "sliced": sliced, "patched": patch_model(copy.deepcopy(sliced), strict=True)}
-    prompt = torch.randint(dense.config.vocab_size, (1, PROMPT))
-    with use_backend(BACKEND):
-        return benchmark(models, prompt, new_tokens=NEW_TOKENS, harnesses=[harness], rounds=ROUNDS)
+    sliced = narrowed(dense, make_plan(dense, SliceOptions(target_params=KEPT, basis="shared")))
+    try:
+        patched = patch_model(copy.deepcopy(sliced), backend=backend, strict=True)
+    except InputError as refusal:
+        return str(refusal)
+    models = {"dense": dense, "sliced": sliced, "patched": patched}
+    prompt = torch.randint(dense.config.vocab_size, (batch, PROMPT))
+    return benchmark(models, prompt, new_tokens=NEW_TOKENS, harnesses=[harness], rounds=ROUNDS)
 
 
-@pytest.mark.parametrize("harness", HARNESSES)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("harness", HARNESSES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("geometry", MODELS)
-def bench_end_to_end(record, geometry, dtype, phase, harness):
+def bench_end_to_end(record, geometry, dtype, harness, backend, batch, phase):
     if geometry == "OPT-6.7B" and harness == "static":
         pytest.skip("transformers' OPT cannot be compiled whole with a static cache")
+    found = speeds(geometry, dtype, backend, batch, harness)
+    if isinstance(found, str):
+        pytest.skip(found)
 
     def measuring() -> Found:
-        found = speeds(geometry, dtype, harness)
         rows = {row.model: row for row in found.rows}
         models = ("patched", "sliced", "dense")
         times: Times = {name: [[turn] for turn in getattr(rows[name], f"{phase}_seconds")] for name in models}
-        tokens = PROMPT if phase == "prefill" else NEW_TOKENS
+        tokens = batch * (PROMPT if phase == "prefill" else NEW_TOKENS)
         patched = rows["patched"]
         return times, {
             "tokens": tokens,
@@ -194,5 +219,38 @@ def bench_end_to_end(record, geometry, dtype, phase, harness):
             "read_bandwidth": found.read_bandwidth,
             "matmul_rate": found.matmul_rate,
         }
+
+    record(measuring)
+
+
+@pytest.mark.skipif(MACHINE != "cpu", reason="the sizes are those of a model for CPUs")
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_widths(record, dtype):
+    """Decoding with sizes that differ from layer to layer, against equal ones, padded ones, and none cut."""
+    torch.manual_seed(0)
+    dense = random_model(GEOMETRIES["SmolLM2-135M"], dtype)
+    whole = make_plan(dense, SliceOptions(sparsity=0))
+    channels, values = tuple(32 * each for each in CHANNELS), tuple(8 * each for each in VALUES)
+    mean = round(sum(CHANNELS) / len(CHANNELS)) * 32, round(sum(VALUES) / len(VALUES)) * 8
+
+    def cut(channels: tuple[int, ...], values: tuple[int, ...]) -> PreTrainedModel:
+        return narrowed(dense, replace(whole, basis=None, channels=channels, values=values))
+
+    made = {
+        "cut": cut(channels, values),
+        "equal sizes": cut(*((each,) * len(channels) for each in mean)),
+        "padded": cut(tuple(-(-each // PADDED) * PADDED for each in channels), (64,) * len(values)),
+        "dense": dense,
+    }
+    stored = {name: f"{block_parameters(model) / block_parameters(dense):.3f}" for name, model in made.items()}
+    models = {name: patch_model(model, strict=True) for name, model in made.items()}
+    prompt = torch.randint(dense.config.vocab_size, (1, PROMPT))
+
+    def measuring() -> Found:
+        found = benchmark(models, prompt, new_tokens=NEW_TOKENS, harnesses=["eager"], rounds=ROUNDS)
+        times: Times = {row.model: [[turn] for turn in row.decode_seconds] for row in found.rows}
+        shown = {f"stored, {name}": share for name, share in stored.items()}
+        shown |= {f"read, {name}": f"{found.read_bytes[name] / found.read_bytes['dense']:.3f}" for name in made}
+        return times, {"tokens": NEW_TOKENS, "shown": shown}
 
     record(measuring)

@@ -4,22 +4,25 @@ from functools import partial
 
 import pytest
 import torch.nn.functional as F
-from timing import DEVICE, PREFILL_ROWS, by_kernel, by_torch, copies, random
+from timing import MACHINE, PREFILL_ROWS, by_kernel, by_torch, copies, random
 
 from slicegpt_fast.ops import norm_linear
 
 EPS = 1e-5
 # Rows and columns of the weight, activation: Llama-2-7B's at sliced widths, SmolLM2's.
 LAYERS = {
-    "cuda": [(n, d, activation) for d in (2872, 3072, 3328) for n, activation in ((12288, None), (22016, "silu_gate"))],
+    "cuda": [
+        (n, d, activation) for d in (2872, 2880, 3072, 3328) for n, activation in ((12288, None), (22016, "silu_gate"))
+    ],
     "cpu": [
         pytest.param(960, 456, None, marks=pytest.mark.quick),
         pytest.param(3072, 456, "silu_gate", marks=pytest.mark.quick),
         (4096, 2872, None),
     ],
-}[DEVICE.type]
-DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"]}[DEVICE.type]
-ROWS = {"cuda": [1, 16, PREFILL_ROWS], "cpu": [1, 8, PREFILL_ROWS]}[DEVICE.type]
+    "tiny": [(48, 24, "silu_gate")],
+}[MACHINE]
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"], "tiny": ["float16"]}[MACHINE]
+ROWS = {"cuda": [1, 16, PREFILL_ROWS], "cpu": [1, 8, PREFILL_ROWS], "tiny": [1, PREFILL_ROWS]}[MACHINE]
 
 
 def torch_formulation(h, weight, activation):

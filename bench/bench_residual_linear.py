@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from timing import DEVICE, PREFILL_ROWS, by_kernel, by_torch, copies, random
+from timing import MACHINE, PREFILL_ROWS, by_kernel, by_torch, copies, random
 
 from slicegpt_fast.ops import residual_linear
 
@@ -13,8 +13,9 @@ RANK = 64
 # Rows and columns of the weight, shortcut: Llama-2-7B's at sliced widths, SmolLM2's.
 LAYERS = {
     "cuda": [
-        *((d, 11008, "dense") for d in (2872, 3072, 3328)),
+        *((d, 11008, "dense") for d in (2872, 2880, 3072, 3328)),
         (2872, 4096, "dense"),
+        (2880, 4096, "dense"),
         (2872, 11008, "low rank"),
         (3072, 4096, "low rank"),
     ],
@@ -24,9 +25,10 @@ LAYERS = {
         (2872, 4096, "low rank"),
         (3328, 4096, "dense"),
     ],
-}[DEVICE.type]
-DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"]}[DEVICE.type]
-ROWS = {"cuda": [1, 16, PREFILL_ROWS], "cpu": [1, 8, PREFILL_ROWS]}[DEVICE.type]
+    "tiny": [(24, 40, "dense")],
+}[MACHINE]
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["bfloat16", "float32"], "tiny": ["float16"]}[MACHINE]
+ROWS = {"cuda": [1, 16, 32, 64, 256, 2048, 4096], "cpu": [1, 8, PREFILL_ROWS], "tiny": [1, PREFILL_ROWS]}[MACHINE]
 
 
 def torch_formulation(a, weight, h, shortcut):

@@ -15,11 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -78,14 +80,35 @@ def resources(usage: str) -> dict[str, tuple[int, int, int]]:
     return {name: (int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found}
 
 
+def serialised_by(ptx: str) -> list[str]:
+    """What ptxas says of a kernel whose wgmma it lets wait for each other: C7510, C7515 and the like."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [knobs.nvidia.ptxas.path, "-v", "--regAllocOptLevel=2", "--gpu-name=sm_90a", file.name]
+        said = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
+    return re.findall(r"\(C75\d\d\).*serialized.*", said)
+
+
+def waits_for_each_wgmma(sass: str) -> bool:
+    """Return whether machine code of Hopper waits for every one of its wgmma before it issues the next."""
+    opcodes = re.findall(r"\b(HGMMA|WARPGROUP\.DEPBAR)\b", sass)
+    return "HGMMA" in opcodes and ("HGMMA", "HGMMA") not in pairwise(opcodes)
+
+
+def dump(cubin: bytes, option: str) -> str:
+    """What cuobjdump prints about a kernel as compiled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return cuobjdump(file.name, option)
+
+
 @lru_cache(maxsize=4096)
 def facts_of(binary: Any) -> Compiled:
     """What there is to know of a kernel that Triton compiled."""
     cubin, facts = binary.asm["cubin"], binary.metadata
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        registers, spilled, _ = resources(cuobjdump(file.name, "-res-usage"))[facts.name]
+    registers, spilled, _ = resources(dump(cubin, "-res-usage"))[facts.name]
     return Compiled(facts.name, registers, spilled, facts.shared, facts.num_warps, binary.asm["ptx"], cubin)
 
 

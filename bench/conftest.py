@@ -13,18 +13,24 @@ from statistics import median
 from typing import Any
 
 import pytest
+import timing
 import torch
-from timing import DEVICE, KERNELS, VISITS, Calls, Found, Times, fastest, ratio, seconds
+from timing import DEVICE, KERNELS, MACHINE, VISITS, Calls, Found, Times, fastest, ratio, seconds
 
-from slicegpt_fast.benchmark import machine, machine_rates
+from slicegpt_fast.benchmark import PROBES, machine, machine_rates
+
+if MACHINE == "tiny":
+    PROBES["cpu"] = (1 << 20, 64)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="only the benchmarks marked quick, as CI runs them")
+    parser.addoption("--no-compile", action="store_true", help="without torch.compile, which takes minutes on a GPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: small enough to run after every change")
+    timing.compiling = not config.option.no_compile
     if config.option.quick:
         config.option.markexpr = "quick"
     torch._dynamo.config.recompile_limit = 256  # one formulation is compiled for the shapes of all rows

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from markdown_table import table
 from matplotlib.figure import Figure
-from timing import table
 
 HEADER = """# Benchmarks on {processor}, {threads} threads
 
@@ -41,6 +41,8 @@ CAPTIONS = {
     "weight of n rows and d columns, d being the kept width of the sliced model.",
     "residual_linear": "Matmul of k inputs to the sliced width d, plus the residual through a shortcut (none, a dense "
     "matrix, or a low rank), and the sums of squares that the next norm wants; M rows.",
+    "attend": "The attention of a decode step over S positions: rotary embedding, append to the cache and attention of "
+    "T new tokens, H query heads over G of D numbers. **torch** appends with `torch.cat`, as a dynamic cache does.",
     "covariance": "What slicing collects from N tokens of width D, summed in fp64. Ours computes one triangle, and "
     "FLOPs are counted for one; **torch** is a full matmul with fp32 sums, which is less exact.",
     "block": "The four matmuls of a decoder block with everything around them but attention, M rows, width d.",
@@ -49,8 +51,12 @@ CAPTIONS = {
     "end_to_end": "A whole model with random weights, sliced to 75 % of its blocks' parameters, patched (ours); the "
     "baselines are the same sliced model unpatched, and the dense one. ms: one pass over the prompt, or all steps of "
     "decoding. Tokens per second count those of the prompt, or the new ones.",
+    "widths": "Decoding SmolLM2-135M with random weights, patched: with the sizes of a cut to 0.8 of its blocks, which "
+    "differ from layer to layer (ours), with equal ones, with ours padded to 128 channels and all values, and dense. "
+    "Stored: parameters of the blocks, read: bytes of the weights that a token takes, as shares of the dense model's.",
 }
-OPS = ("covariance", "norm_linear", "residual_linear", "block")
+OPS = ("covariance", "norm_linear", "residual_linear", "attend", "block")
+AXES = {"covariance": "D", "attend": "S"}  # what the speed of an op is drawn over where that is not the sliced width d
 KERNELS = ("triton", "cuda")  # contenders that are ours, beside what `auto` chooses: compared with torch
 
 
@@ -130,21 +136,21 @@ def plot_rooflines(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_speed_ups(results: dict[str, Any], path: Path) -> None:
-    """Draw how many times as fast as torch each op is, over the sliced width."""
+    """Draw how many times as fast as torch each op is, over its width or its cache, for each number of rows."""
     found = {op: rows for op, rows in groups(results).items() if op in OPS}
     figure = Figure(figsize=(4.5 * len(found), 4.5), layout="constrained", dpi=150)
     for axes, (op, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        width = "D" if op == "covariance" else "d"
-        for case in sorted({(row["params"]["dtype"], row["params"].get("M", 0)) for row in rows}):
-            mine = [row for row in rows if (row["params"]["dtype"], row["params"].get("M", 0)) == case]
-            label = case[0] + (f", M = {case[1]}" if case[1] else "")
-            points = sorted((row["params"][width], row["extra_info"]["times as fast"]["torch"]) for row in mine)
+        size, count = AXES.get(op, "d"), "T" if op == "attend" else "M"
+        for case in sorted({(row["params"]["dtype"], row["params"].get(count, 0)) for row in rows}):
+            mine = [row for row in rows if (row["params"]["dtype"], row["params"].get(count, 0)) == case]
+            label = case[0] + (f", {count} = {case[1]}" if case[1] else "")
+            points = sorted((row["params"][size], row["extra_info"]["times as fast"]["torch"]) for row in mine)
             axes.semilogy(*zip(*points, strict=True), marker="o", lw=1, ms=4, label=label)
         axes.axhline(1, color="black", lw=1, ls="--")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_title(op)
-        axes.set_xlabel("width")
+        axes.set_xlabel("positions" if op == "attend" else "width")
         axes.grid(alpha=0.3, lw=0.5, which="both")
         axes.legend(fontsize=8)
     figure.supylabel("times as fast as torch")
@@ -163,7 +169,14 @@ def plot_end_to_end(results: dict[str, Any], path: Path) -> None:
             speeds = [row["extra_info"]["tokens"] / row["extra_info"]["seconds"][name] for row in mine]
             places = [place + 0.8 / len(names) * (number - (len(names) - 1) / 2) for place in range(len(mine))]
             axes.bar_label(axes.bar(places, speeds, 0.72 / len(names), label=name), fmt="{:.4g}", fontsize=7)
-        cases = ["\n".join(str(row["params"][key]) for key in ("geometry", "dtype", "harness")) for row in mine]
+        cases = [
+            "\n".join(
+                str(row["params"][key])
+                for key in ("geometry", "dtype", "harness", "backend", "batch")
+                if key in row["params"]
+            )
+            for row in mine
+        ]
         axes.set_xticks(range(len(mine)), cases, fontsize=8)
         axes.set_title(phase)
         axes.set_ylabel("tokens per second")

@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import Any
 
 import torch
 import triton
-from compile_ahead import GPUS, compile_calls, cuobjdump, resources
-from timing import table
+from compile_ahead import GPUS, compile_calls, cuobjdump, dump, resources
+from markdown_table import table
 
 from slicegpt_fast import _C
 from slicegpt_fast.kernels.native import build_info
@@ -69,7 +68,7 @@ def shapes() -> dict[str, Shape]:
             f"out, dense shortcut, M={M}": Shape("residual_linear", M, D, ATTENTION + D, "dense"),
             f"out, residual added, M={M}": Shape("residual_linear", M, D, ATTENTION, "add"),
         }
-    return found
+    return found | {f"attention, T={M}": Shape("attend", M, ATTENTION, 4096) for M in (1, 16)}
 
 
 def call(shape: Shape) -> Callable[[], Any]:
@@ -101,10 +100,7 @@ def triton_kernels() -> list[dict[str, Any]]:
     for target, gpu in GPUS.items():
         for name, shape in shapes().items():
             for kernel in compile_calls(gpu, call(shape)):
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    file.write(kernel.cubin)
-                    file.flush()
-                    counts = instructions(cuobjdump(file.name, "-sass"))
+                counts = instructions(dump(kernel.cubin, "-sass"))
                 blocks = blocks_per_sm(target, kernel.registers, kernel.shared_memory, kernel.warps)
                 row = {"kernel": kernel.name, "call": name, "target": target, "registers": kernel.registers}
                 row |= {"spilled": kernel.spilled_bytes, "shared": kernel.shared_memory, "warps": kernel.warps}

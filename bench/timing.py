@@ -1,4 +1,4 @@
-"""What the benchmarks share: operands, timing, the table.
+"""What the benchmarks share: operands and timing.
 
 Clocks, neighbours and the pages that operands come to lie on change from moment to moment, and not all contenders of a
 row suffer alike. So they take turns, one call each, in several blocks of turns, each on operands newly allocated. On a
@@ -11,6 +11,7 @@ last cache when its turn comes again. On a GPU, one turn of a contender is the r
 events; on a CPU the threads are pinned (bench/conftest.py).
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
@@ -23,18 +24,29 @@ import torch
 from slicegpt_fast import InputError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CACHE_BYTES = {"cpu": 96 << 20, "cuda": 192 << 20}[DEVICE.type]  # more than the last caches of the measured machines
-FEWEST_COPIES = {"cpu": 2, "cuda": 16}[DEVICE.type]  # on a GPU all copies are in one graph: enough to time it well
+MACHINE = os.environ.get("BENCH_MACHINE", DEVICE.type)  # "tiny": shapes that show on a CPU that the benchmarks run
+CACHE_BYTES = {"cpu": 96 << 20, "cuda": 192 << 20, "tiny": 0}[
+    MACHINE
+]  # more than the last caches of the measured machines
+FEWEST_COPIES = {"cpu": 2, "cuda": 16, "tiny": 1}[
+    MACHINE
+]  # on a GPU all copies are in one graph: enough to time it well
 LAUNCH_CLOCKS = 500_000  # of the GPU, 0.3 ms: longer than a graph takes to launch
-VISITS = {"cpu": 8, "cuda": 1}[DEVICE.type]  # of each row in a run
-BLOCKS, SECONDS = {"cpu": (1, 0.12), "cuda": (5, 0.05)}[DEVICE.type]  # of a visit, on operands of their own; of a block
+VISITS = {"cpu": 8, "cuda": 1, "tiny": 1}[MACHINE]  # of each row in a run
+BLOCKS, SECONDS = {"cpu": (1, 0.12), "cuda": (5, 0.05), "tiny": (1, 0.0)}[
+    MACHINE
+]  # of a visit, on operands of their own; of a block
 TURNS = 3  # in a block, at least
-PREFILL_ROWS = {"cpu": 128, "cuda": 4096}[DEVICE.type]
+PREFILL_ROWS = {"cpu": 128, "cuda": 4096, "tiny": 20}[MACHINE]
 AWAKE = torch.ones(1 << 18)
-COMPILE_MODE = {"cpu": "default", "cuda": "max-autotune-no-cudagraphs"}[DEVICE.type]
-COMPILED_WIDTH = {"cpu": 456, "cuda": 2872}[DEVICE.type]  # the one that is compiled: each shape takes its time
+COMPILE_MODE = {"cpu": "default", "cuda": "max-autotune-no-cudagraphs", "tiny": "default"}[MACHINE]
+COMPILED_WIDTH = {"cpu": 456, "cuda": 2872, "tiny": 0}[MACHINE]  # the one that is compiled: each shape takes its time
 
-KERNELS = {"cpu": (), "cuda": ("triton", "cuda")}[DEVICE.type]  # backends to be timed beside what `auto` chooses
+KERNELS = {"cpu": (), "cuda": ("triton", "cuda"), "tiny": ("triton", "cuda")}[
+    MACHINE
+]  # backends to be timed beside what `auto` chooses
+
+compiling = True  # False under --no-compile
 
 Calls = Sequence[Callable[[], Any]]  # the same call on different operands
 Times = dict[str, list[list[float]]]  # seconds of one call of each contender, by block and turn
@@ -64,7 +76,9 @@ def by_torch(formulation: Callable[..., Any], width: int) -> Callable[[Iterable[
             name: [partial(run, *operands) for operands in sets]
             for name, run in (("torch", formulation), ("torch.compile", compiled(formulation)))
         }
-        if width != COMPILED_WIDTH:
+        if not compiling:
+            found["torch.compile"] = "is measured in runs without --no-compile"
+        elif width != COMPILED_WIDTH:
             found["torch.compile"] = f"is measured at width {COMPILED_WIDTH} alone"
         return found
 
@@ -161,11 +175,3 @@ def _replay(calls: Calls) -> Callable[[], float]:
         return 1e-3 * begin.elapsed_time(end) / len(calls)
 
     return timer
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    values = [[row.get(name, "") for name in names] for row in rows]
-    cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in line] for line in values]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (names, ["---"] * len(names), *cells))

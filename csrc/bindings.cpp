@@ -2,6 +2,8 @@
 // less the prefix. The types that Python sees stand in slicegpt_fast/_C.pyi. Those of csrc/cuda/ are bound beside it.
 #include "bindings.h"
 
+#include <memory>
+
 namespace py = pybind11;
 
 namespace {
@@ -27,6 +29,25 @@ const char* cpu_isa() {
   return sgf_cpu_isa_name(level);
 }
 
+struct DeleteProgram {
+  void operator()(sgf_program* program) const { sgf_program_delete(program); }
+};
+
+struct Program {
+  std::unique_ptr<sgf_program, DeleteProgram> owned{sgf_program_new()};
+
+  Program() {
+    if (owned == nullptr) sgf::check(SGF_OUT_OF_MEMORY);
+  }
+};
+
+// A function of slicegpt_fast.h as a method of Program; it raises what the status says.
+template <class Handle, class... Arguments>
+auto method(int (*function)(Handle*, Arguments...)) {
+  return
+      [function](Program& program, Arguments... arguments) { sgf::check(function(program.owned.get(), arguments...)); };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -40,6 +61,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("covariance", checked(&sgf_covariance), others_run);
   m.def("norm_linear", checked(&sgf_norm_linear), others_run);
   m.def("residual_linear", checked(&sgf_residual_linear), others_run);
+  m.def("attend", checked(&sgf_attend), others_run);
+  py::class_<Program>(m, "Program")
+      .def(py::init())
+      .def("norm_linear", method(&sgf_program_norm_linear))
+      .def("residual_linear", method(&sgf_program_residual_linear))
+      .def("attend", method(&sgf_program_attend))
+      .def("cache", method(&sgf_program_cache))
+      .def("run", method(&sgf_program_run), others_run);
 #ifdef SGF_CUDA
   sgf::bind_cuda(m);
 #endif

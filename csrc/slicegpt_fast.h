@@ -89,6 +89,36 @@ int sgf_norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix
 int sgf_residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
                         sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype, int threads);
 
+// attend on the CPU, as slicegpt_fast/ops/attend.py describes it. An operand of heads has one row per token of the
+// batch and one column per head: the first of its numbers, which are contiguous. cosine and sine are [tokens or batch
+// tokens, rotated numbers]; keys and values hold one row per sequence and key-value head: `size` numbers a position.
+// `mask` is bool, [tokens or batch tokens, positions]. May be absent: cosine with sine, the norms' weights, the mask.
+// The new tokens are written from position `start` on.
+int sgf_attend(sgf_matrix queries, sgf_matrix new_keys, sgf_matrix new_values, sgf_matrix cosine, sgf_matrix sine,
+               sgf_matrix query_norm, sgf_matrix key_norm, sgf_matrix keys, sgf_matrix values, sgf_matrix mask,
+               sgf_matrix y, int64_t batch, int64_t size, int64_t rank, int64_t start, double eps, double scale,
+               int dtype, int threads);
+
+// Decode programs on the CPU: the ops of a run of decoder layers, laid down once and run as one. Operands are those of
+// the ops; the activations among them are memory for the most rows that a run will have, rows contiguous; nothing is
+// copied. norm_linear may have a norm's weight, by which h is multiplied once it is normalised, and gives its unscaled
+// columns with the opposite sign. `layer` counts the program's attends; every one needs a cache before the first run.
+// The caches hold `start` positions, from position `first` of their memory on.
+typedef struct sgf_program sgf_program;
+sgf_program* sgf_program_new(void);
+void sgf_program_delete(sgf_program* program);
+int sgf_program_norm_linear(sgf_program* program, sgf_matrix h, sgf_matrix weight, sgf_matrix norm_weight,
+                            sgf_matrix bias, sgf_matrix y, int64_t unscaled, double eps, double full_width,
+                            int activation, int dtype);
+int sgf_program_residual_linear(sgf_program* program, sgf_matrix a, sgf_matrix weight, sgf_matrix bias,
+                                sgf_matrix residual, sgf_matrix a2, sgf_matrix weight2, sgf_matrix y, int dtype);
+int sgf_program_attend(sgf_program* program, sgf_matrix queries, sgf_matrix new_keys, sgf_matrix new_values,
+                       sgf_matrix query_norm, sgf_matrix key_norm, sgf_matrix y, int64_t size, int64_t rank, double eps,
+                       double scale, int dtype);
+int sgf_program_cache(sgf_program* program, int64_t layer, sgf_matrix keys, sgf_matrix values);
+int sgf_program_run(const sgf_program* program, int64_t batch, int64_t tokens, int64_t first, int64_t start,
+                    sgf_matrix cosine, sgf_matrix sine, sgf_matrix mask, int threads);
+
 #ifdef SGF_CUDA
 // Writes {blockDim.x, __CUDA_ARCH__ of the code that ran} to `out`, two int32, from a launch with `threads` threads:
 // shows which of the compiled architectures a GPU picks.
@@ -119,6 +149,15 @@ int sgf_cuda_residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, s
                              sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype, int splits,
                              sgf_matrix workspace, sgf_matrix counters, uintptr_t stream);
 
+// attend of slicegpt_fast/ops for fp16 or bf16 and heads of at most 256 numbers, on compute capability 8.0 and later:
+// operands as of sgf_attend, but for `start`, an int64 on the device, so that a captured launch serves every length.
+// The plan is for a cache with room for that many positions.
+sgf_cuda_plan sgf_cuda_attend_plan(int64_t batch, int tokens, int heads, int groups, int64_t positions, int sms);
+int sgf_cuda_attend(sgf_matrix queries, sgf_matrix new_keys, sgf_matrix new_values, sgf_matrix cosine, sgf_matrix sine,
+                    sgf_matrix query_norm, sgf_matrix key_norm, sgf_matrix keys, sgf_matrix values, sgf_matrix mask,
+                    sgf_matrix start, sgf_matrix y, int64_t batch, int64_t size, int64_t rank, double eps, double scale,
+                    int dtype, int splits, sgf_matrix workspace, sgf_matrix counters, uintptr_t stream);
+
 #ifdef SGF_SM90A
 // covariance_ of slicegpt_fast/ops on compute capability 9.0: acc [D, D], fp32 or fp64, symmetric, += X^T X for the
 // scaled and selected rows of x [N, D] in fp16 or bf16. row_scale (fp32) and mask (bytes) may be absent. `planes` is
@@ -128,18 +167,26 @@ sgf_cuda_plan sgf_cuda_covariance_plan(int64_t N, int64_t D, int sms);
 int sgf_cuda_covariance(sgf_matrix acc, sgf_matrix x, sgf_matrix row_scale, sgf_matrix mask, int acc_dtype, int dtype,
                         int splits, sgf_matrix planes, sgf_matrix workspace, uintptr_t stream);
 
+// What a launch for many rows needs: the width of its tiles, how many clusters of blocks share the k of each, and fp32
+// cells of workspace on a 16-byte boundary.
+typedef struct {
+  int width, splits;
+  int64_t workspace;
+} sgf_cuda_prefill_plan;
+
 // norm_linear and residual_linear of slicegpt_fast/ops for many rows, on compute capability 9.0 with `sms`
 // multiprocessors. h, weight, a, a2 and weight2 are 16-byte aligned and their strides multiples of 8 elements; nothing
 // is asked of the others. sumsq of norm_linear may be absent where no row is scaled; sgf_cuda_row_squares computes it.
-// The workspace of residual_linear holds as many fp32 cells as the function for that says.
+// Width and splits are those of the plan for the same sizes, or any others that a plan may have.
 int sgf_cuda_row_squares(sgf_matrix h, sgf_matrix sumsq, int dtype, uintptr_t stream);
+int sgf_cuda_norm_linear_prefill_width(int M, int64_t scaled, int64_t unscaled, int K, int activation, int sms);
 int sgf_cuda_norm_linear_prefill(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix y,
-                                 int64_t unscaled, double eps, double full_width, int activation, int dtype, int sms,
-                                 uintptr_t stream);
-int64_t sgf_cuda_residual_linear_prefill_workspace(int M, int n);
+                                 int64_t unscaled, double eps, double full_width, int activation, int dtype, int width,
+                                 int sms, uintptr_t stream);
+sgf_cuda_prefill_plan sgf_cuda_residual_linear_prefill_plan(int M, int n, int K, int K2, int sms);
 int sgf_cuda_residual_linear_prefill(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual,
                                      sgf_matrix a2, sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype,
-                                     int sms, sgf_matrix workspace, uintptr_t stream);
+                                     int width, int splits, int sms, sgf_matrix workspace, uintptr_t stream);
 #endif
 #endif
 

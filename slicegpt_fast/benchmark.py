@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 from slicegpt_fast.errors import InputError, reason
 from slicegpt_fast.evaluation import flops_per_token, read_bytes, stored_parameters
@@ -62,37 +63,83 @@ class Speeds:
     machine: dict[str, str]
 
 
+# One turn: from a prompt and a number of new tokens to the seconds of the prefill and of all decode steps.
+Turn = Callable[[Tensor, int], tuple[float, float]]
+
+
 @dataclass(frozen=True)
-class Harness:
-    """How the passes of a model are called, and the cache that a prompt begins with (None: the model makes one)."""
+class Passes:
+    """A turn of forwards, and the cache that a prompt begins with (None: the model makes one)."""
 
     prefill: Callable[..., Any]
     decode: Callable[..., Any]
     cache: Callable[[], Cache | None]
 
+    def __call__(self, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+        cache = self.cache()
+        begin = now(prompt.device)
+        output = self.prefill(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        prefilled = now(prompt.device)
+        for _ in range(new_tokens):
+            token = output.logits[:, -1:].argmax(-1)
+            output = self.decode(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        return prefilled - begin, now(prompt.device) - prefilled
 
-def _eager(model: PreTrainedModel, length: int) -> Harness:
-    return Harness(model, model, lambda: None)
+
+@dataclass(frozen=True)
+class Generate:
+    """A turn of ``model.generate``, greedy: everything that a user of it waits for."""
+
+    model: PreTrainedModel
+
+    def __call__(self, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+        clock = Clock(prompt.device)
+        count = new_tokens + 1  # the prefill gives the first
+        options = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, num_beams=1, pad_token_id=0)
+        self.model.generate(  # type: ignore[operator]
+            prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options
+        )
+        begin, first, *_, last = clock.times
+        return first - begin, last - first
 
 
-def _compile(model: PreTrainedModel, length: int) -> Harness:
+class Clock(BaseStreamer):
+    """When ``generate`` began, and when each new token came."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(now(self._device))
+
+    def end(self) -> None:
+        pass
+
+
+def _eager(model: PreTrainedModel, length: int) -> Turn:
+    return Passes(model, model, lambda: None)
+
+
+def _compile(model: PreTrainedModel, length: int) -> Turn:
     compiled = torch.compile(model, fullgraph=True)
-    return Harness(compiled, compiled, lambda: None)
+    return Passes(compiled, compiled, lambda: None)
 
 
-def _static(model: PreTrainedModel, length: int) -> Harness:
+def _static(model: PreTrainedModel, length: int) -> Turn:
     static = StaticCache(model.config, max_cache_len=length)
 
     def emptied() -> Cache:
         static.reset()
         return static
 
-    return Harness(model, torch.compile(model, fullgraph=True, mode="reduce-overhead"), emptied)
+    return Passes(model, torch.compile(model, fullgraph=True, mode="reduce-overhead"), emptied)
 
 
 # "static" is what generate(cache_implementation="static") runs: only its decode steps are compiled.
-HARNESSES: dict[str, Callable[[PreTrainedModel, int], Harness]] = {
+HARNESSES: dict[str, Callable[[PreTrainedModel, int], Turn]] = {
     "eager": _eager,
+    "generate": lambda model, length: Generate(model),
     "compile": _compile,
     "static": _static,
 }
@@ -116,7 +163,8 @@ def benchmark(
         models: what to compare, by name; of one dtype and on one device.
         prompt: token ids [B, T]; prefill is one pass over all of them that gives the last position's logits.
         new_tokens: decode is that many passes over [B, 1] after the prompt, greedy, with a key-value cache.
-        harnesses: "eager", "compile" (torch.compile, growing cache), "static" (compiled decode steps, static cache).
+        harnesses: "eager" (forwards), "generate" (the model's generate, whole), "compile" (torch.compile, growing
+            cache), "static" (compiled decode steps, static cache).
         rounds: timed turns of each.
         progress: show a progress bar.
 
@@ -168,7 +216,7 @@ def _check(models: Mapping[str, PreTrainedModel], harnesses: Sequence[str], prom
 
 
 def _take_turns(
-    contenders: Mapping[tuple[str, str], Harness],
+    contenders: Mapping[tuple[str, str], Turn],
     prompt: Tensor,
     dtype: torch.dtype,
     new_tokens: int,
@@ -185,7 +233,7 @@ def _take_turns(
             rates += [measured] if turn else []
             for (name, harness), contender in contenders.items():
                 try:
-                    taken = _time_once(contender, prompt, new_tokens)
+                    taken = contender(prompt, new_tokens)
                 except Exception as error:
                     raise InputError(
                         f"the {harness} harness cannot run the {name} model ({reason(error)}): leave that harness out."
@@ -279,18 +327,6 @@ def _best_seconds(call: Callable[[], Any], device: torch.device) -> float:
         call()
         times.append(now(device) - begin)
     return min(times[1:])
-
-
-def _time_once(contender: Harness, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill and of the decode steps after it."""
-    cache = contender.cache()
-    begin = now(prompt.device)
-    output = contender.prefill(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    prefilled = now(prompt.device)
-    for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1)
-        output = contender.decode(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    return prefilled - begin, now(prompt.device) - prefilled
 
 
 def now(device: torch.device) -> float:

@@ -80,6 +80,7 @@ def save_model(
     *,
     also: Callable[[Path], None] = lambda path: None,
     figures: Sequence[Figure] = (),
+    text: str | None = None,
 ) -> None:
     """Write ``model`` (and ``tokenizer``) to a new folder, which appears complete or not at all.
 
@@ -89,6 +90,7 @@ def save_model(
         tokenizer: saved beside the model.
         also: writes what else belongs into the folder, such as a plot; called with its path before it appears.
         figures: what was measured of a sliced model, for the model card in the folder.
+        text: what a sliced model was calibrated on, for the model card too.
 
     Raises:
         InputError: the folder has something in it, or the disk refuses or is too small.
@@ -96,7 +98,7 @@ def save_model(
 
     def write(path: Path) -> None:
         model.save_pretrained(path)
-        write_card(path, model, figures)
+        write_card(path, model, figures, text=text)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
         also(path)

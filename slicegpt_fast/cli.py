@@ -198,7 +198,8 @@ HarnessNames = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="eager; compile: torch.compile; static: static cache, compiled decode steps, as generate runs them. "
+        help="eager; generate: the model's generate, whole; compile: torch.compile; static: static cache, compiled "
+        "decode steps, as generate runs them. "
         "May be repeated. Default: all.",
     ),
 ]
@@ -309,7 +310,8 @@ def slice_(
         slice_head=slice_head,
     )
     documents = _documents(text, dataset, "calibration", split, text_field)
-    job = SliceJob(model, out, documents, length, sequences, seed, _dtype(dtype), _device(device))
+    described = dataset or ", ".join(path.name for path in text or [])
+    job = SliceJob(model, out, documents, described, length, sequences, seed, _dtype(dtype), _device(device))
     if _streams(stream, job, passes=2 if refit or search or "stream" in options.axes else 1):
         _slice_in_files(job, options, search=search)
     else:
@@ -318,11 +320,12 @@ def slice_(
 
 @dataclass(frozen=True)
 class SliceJob:
-    """What one call of ``slice`` works on: a model, a folder to write, and text."""
+    """What one call of ``slice`` works on: a model, a folder to write, and text with its name."""
 
     model: str
     out: Path
     documents: list[str]
+    text: str
     length: int
     sequences: int
     seed: int
@@ -413,7 +416,8 @@ def _slice_in_memory(job: SliceJob, options: "SliceOptions", *, search: bool) ->
     if not len(held_out):
         note = "Perplexity: not measured, calibration took all of the text."
     measures = workflow.measure(dense, sliced, {"perplexity": held_out}, progress=progress)
-    saved = workflow.save(replace(sliced, files={**sliced.files, **plots}), tokenizer, job.out, measures)
+    sliced = replace(sliced, files={**sliced.files, **plots})
+    saved = workflow.save(sliced, tokenizer, job.out, measures, job.text)
     if sliced.tried is not None:
         console.print(sliced.tried)
     console.print(workflow.compare(job.model, dense, sliced, measures, note))
@@ -615,7 +619,9 @@ def info(
 
 @app.command(epilog=examples("slicegpt-fast tune llama-sliced", "slicegpt-fast tune llama-sliced --rows 1 --rows 2048"))
 def tune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Local folder or hub id.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Local folder or hub id.", show_default=False)
+    ] = None,
     rows: Annotated[
         list[int] | None,
         typer.Option(
@@ -629,6 +635,14 @@ def tune(
     dtype: Annotated[
         Literal["bfloat16", "float16"], typer.Option(metavar="DTYPE", help="bfloat16 or float16.")
     ] = "bfloat16",
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="No MODEL, no timing: check in under a minute that the kernels compute right results on this GPU. On "
+            "Hopper the CUDA kernels then serve what was not timed.",
+        ),
+    ] = False,
 ) -> None:
     """Time torch, Triton (every tile) and CUDA kernels at the shapes of a patched model on this GPU, a few minutes.
 
@@ -638,6 +652,11 @@ def tune(
     import torch
     from rich.progress import track
 
+    if quick == (model is not None):
+        raise InputError("tune needs a MODEL to time, or --quick alone: give one of the two.")
+    if model is None:
+        _check_kernels()
+        return
     from slicegpt_fast.checkpoint import load_skeleton
     from slicegpt_fast.kernels.measured import BUCKETS
     from slicegpt_fast.kernels.regimes import DECODE_ROWS
@@ -664,6 +683,21 @@ def tune(
     for shape, us in track(measurements, "measuring", len(shapes), console=errors, disable=not errors.is_terminal):
         listing.add_row(*(str(x or "") for x in shape), ", ".join(f"{name} {time:.1f}" for name, time in us.items()))
     console.print(listing)
+
+
+def _check_kernels() -> None:
+    """Check the kernels on this GPU and print what was wrong, or that nothing was."""
+    from rich.progress import track
+
+    from slicegpt_fast.ops.backends.smoke import quick
+
+    outcomes = list(track(quick(), "checking", console=errors, disable=not errors.is_terminal))
+    wrong = [outcome for outcome in outcomes if not outcome.right]
+    for outcome in wrong:
+        console.print(f"{outcome.backend} {outcome.case}: {outcome.said}", markup=False)
+    console.print(f"{len(outcomes) - len(wrong)} of {len(outcomes)} cases are right.")
+    if wrong:
+        raise typer.Exit(1)
 
 
 def _facts(facts: dict[str, str]) -> Table:

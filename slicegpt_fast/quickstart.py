@@ -158,6 +158,7 @@ def run(
     check_writable(out)
     name, source = model or "SmolLM2-135M-Instruct", model or smollm2()
     documents = text_documents(text) if text else wikipedia_leads()
+    described = ", ".join(path.name for path in text) or "Wikipedia leads"
     dense, tokenizer = workflow.load(source, device=device)
     windows = token_windows(
         tokenizer, join_documents(documents, seed=0)[:CHARACTERS], LENGTH, count=FIRST_HELD_OUT + HELD_OUT
@@ -183,7 +184,7 @@ def run(
     for label in ("dense", "sliced"):
         console.print(f"\n{label}: {continuation(models[label], tokenizer, PROMPT)}")
 
-    console.print("\n" + workflow.save(sliced, tokenizer, out, measures))
+    console.print("\n" + workflow.save(sliced, tokenizer, out, measures, described))
     same = reloads(sliced.model, out, held_out[:1])
     console.print(f"Reloaded from there: logits {'equal bit for bit' if same else 'DIFFER'}.")
 

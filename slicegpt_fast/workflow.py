@@ -100,7 +100,9 @@ def compare(name: str, dense: PreTrainedModel, sliced: Sliced, measures: Sequenc
     return comparison(plan_title(name, dense, sliced.plan), measures, notes)
 
 
-def save(sliced: Sliced, tokenizer: PreTrainedTokenizerBase, folder: Path, measures: Sequence[Measure]) -> str:
+def save(
+    sliced: Sliced, tokenizer: PreTrainedTokenizerBase, folder: Path, measures: Sequence[Measure], text: str
+) -> str:
     """Save a sliced model with its files and a card of what was measured; return the line that says so.
 
     Args:
@@ -108,12 +110,13 @@ def save(sliced: Sliced, tokenizer: PreTrainedTokenizerBase, folder: Path, measu
         tokenizer: saved beside it.
         folder: does not exist yet, or is empty.
         measures: for the card.
+        text: for the card: what the model was calibrated on.
     """
 
     def write(path: Path) -> None:
         for name, write_file in sliced.files.items():
             write_file(path / name)
 
-    save_model(sliced.model, folder, tokenizer, also=write, figures=figures(measures))
+    save_model(sliced.model, folder, tokenizer, also=write, figures=figures(measures), text=text)
     listed = " and ".join(f"its {Path(name).stem} in {folder / name}" for name in sliced.files)
     return f"Saved to {folder}, with {listed}."

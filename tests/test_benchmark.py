@@ -67,7 +67,7 @@ def test_figures_follow_from_the_measured_seconds():
     assert json.loads(json.dumps(speeds.settings))["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("harness", HARNESSES)
+@pytest.mark.parametrize("harness", [name for name in HARNESSES if name != "generate"])
 @torch.no_grad()
 def test_every_harness_gives_the_model_all_tokens(harness):
     """The logits of the last step are those of one pass over the whole sequence, also when a cache is used again."""
@@ -79,6 +79,17 @@ def test_every_harness_gives_the_model_all_tokens(harness):
             ids = torch.cat((ids, output.logits[:, -1:].argmax(-1)), 1)
             output = way.decode(input_ids=ids[:, -1:], past_key_values=output.past_key_values)
         torch.testing.assert_close(output.logits[:, -1], model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_generate_is_timed_from_its_tokens():
+    """As many tokens as asked for, also behind an end-of-sequence token."""
+    model = tiny_model(num_hidden_layers=1)
+    model.generation_config.eos_token_id = list(range(3, 97))
+    calls = []
+    model.register_forward_hook(lambda module, arguments, output: calls.append(output.logits.shape[1]))
+    prefill, decode = HARNESSES["generate"](model, 13)(tokens(1, 9), 4)
+    assert len(calls) == 5
+    assert min(prefill, decode) > 0
 
 
 def test_every_harness_is_measured():
@@ -107,7 +118,7 @@ def test_rates_are_positive(dtype):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(harnesses=["quick"]), r"^harness is 'quick'; it must be one of eager, compile, static\.$"),
+        (dict(harnesses=["quick"]), r"^harness is 'quick'; it must be one of eager, generate, compile, static\.$"),
         (
             dict(new_tokens=121),
             r"^a prompt of 8 and 121 new tokens are more than the model's 128 positions: lower one of them\.$",

@@ -22,6 +22,8 @@ from slicegpt_fast.cli import app
 from slicegpt_fast.evaluation import stored_parameters
 from slicegpt_fast.kernels import measured
 from slicegpt_fast.ops import tuning
+from slicegpt_fast.ops.backends import smoke
+from slicegpt_fast.ops.backends.smoke import CASES, Outcome
 from slicegpt_fast.patching import op_requests
 from slicegpt_fast.slicing import SliceOptions, cut_to_budget
 from slicegpt_fast.slicing.summary import kept_sizes
@@ -461,7 +463,7 @@ class TestTune:
     def test_measures_what_a_patched_model_asks_for(self, shortcut, tmp_path, monkeypatch):
         """With a clock that stands still, and Triton's interpreter in the place of a GPU: it has no bf16."""
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(tuning, "_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(tuning, "current_gpu", lambda: torch.device("cpu"))
         monkeypatch.setattr(tuning, "microseconds", lambda call: 1.0)
         windows = [torch.randint(64, (4, LENGTH))]
         sliced = slice_model(tiny_model(), windows, sparsity=0.25, shortcut=shortcut, progress=False)
@@ -478,7 +480,21 @@ class TestTune:
 
     def test_without_a_gpu(self, model):
         if not torch.cuda.is_available():
-            assert "there is no CUDA device to tune for" in error_of("tune", model)
+            for arguments in ([model], ["--quick"]):
+                assert "there is no CUDA device to tune for" in error_of("tune", *arguments)
+
+    @pytest.mark.parametrize("right", [True, False])
+    def test_quick(self, right, monkeypatch):
+        outcome = Outcome("cuda", CASES[0], "ok" if right else "killed after 20 s", 0.0)
+        monkeypatch.setattr(smoke, "quick", lambda: iter([outcome]))
+        result = run("tune", "--quick")
+        assert result.exit_code == (0 if right else 1)
+        assert result.stdout.endswith(f"{int(right)} of 1 cases are right.\n")
+        assert ("cuda norm_linear" in result.stdout) == (not right)
+
+    @pytest.mark.parametrize("arguments", [[], ["model", "--quick"]])
+    def test_a_model_or_a_quick_check(self, arguments):
+        assert error_of("tune", *arguments) == "tune needs a MODEL to time, or --quick alone: give one of the two."
 
 
 def test_the_installed_script(model, texts, tmp_path):

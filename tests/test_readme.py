@@ -112,6 +112,15 @@ def test_speeds_are_the_committed_ones():
     assert re.search(r"decodes ([\d.]+)\s+times .* bf16 and ([\d.]+) times in fp32", README).groups() == tuple(ratios)
 
 
+def test_speeds_beside_llama_cpp_are_the_committed_ones():
+    measured = json.loads((ROOT / "docs/benchmarks/llama-cpp.json").read_text())["rows"]
+    found = {(row["engine"], row["weights"]): f"{row['tokens/s']:.1f}" for row in measured}
+    table = [row for row in rows(section("Running fast")) if row[0] in ("slicegpt-fast", "llama.cpp")]
+    assert [row[0] for row in table] == ["slicegpt-fast", "llama.cpp"]
+    for engine, *speeds in table:
+        assert speeds == [found.get((engine, weights), "–") for weights in ("bf16", "f32", "q8_0", "q4_0")]
+
+
 def test_perplexities_are_the_committed_ones():
     """Of every plan in the tables; a dash stands for what has not been measured."""
     measured = json.loads((ROOT / "docs/benchmarks/perplexity.json").read_text())

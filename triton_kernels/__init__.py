@@ -1,1 +1,1 @@
-"""Triton kernels of the three ops; installed as ``slicegpt_fast.triton_kernels``."""
+"""Triton kernels of the ops; installed as ``slicegpt_fast.triton_kernels``."""

@@ -12,9 +12,10 @@ the one and the same BN rows of the other against the same h, into two accumulat
 writes silu(gate) * up from registers. An unscaled tile then takes 2 BN neighbouring rows.
 
 Prefill, M > 16 (``norm_linear_prefill``): persistent programs own BM x BN tiles, chosen by the wave model; operands
-come by TMA from Hopper on. On Hopper the next tile's loads start under this tile's epilogue (flattened loop). In the
-code compiled for sm_90, a K step's wgmma are in flight while the next step's operands are waited for (wait_group 1, or
-2 with a gate), and loads run further ahead. warp_specialize of Triton 3.7 leaves that code as it is.
+come by TMA from Hopper on. On Hopper the next tile's loads start under this tile's epilogue (flattened loop), but with
+a gate: ptxas waits for every single wgmma of a flattened loop with two accumulators. In the machine code for sm_90, a
+K step's wgmma are in flight while the next step's operands are waited for (wait_group 1, or 2 with a gate), and loads
+run further ahead. warp_specialize of Triton 3.7 leaves that code as it is.
     FLOPs  2 M n d
     Bytes  2 (M d + n d + M out)
     Floor  at M=4096, n=12288, d=2872, one H200 (780 TFLOP/s): 0.37 ms of MMA
@@ -115,9 +116,9 @@ def finish(
         up *= scale
         if bias is not None:
             up += tl.load(bias + out + columns, mask=columns < out, other=0.0).to(tl.float32)[None, :]
-        activated = activate(value, "silu") * up
-        if UNSCALED:
+        if UNSCALED:  # first, for the registers that up and the activated take
             store_tile(y, rows, columns + BN, M, tl.where(inside, 0, end), stride_y, up)
+        activated = activate(value, "silu") * up
     else:
         activated = activate(value, ACTIVATION)
     if UNSCALED:
@@ -292,6 +293,7 @@ def norm_linear(
         TensorDescriptor.from_tensor(h, [tile.m, tile.k]) if tma else h,
         TensorDescriptor.from_tensor(weight, [block_n, tile.k]) if tma else weight,
         bias, sumsq, y, *sizes, stride_y, eps, inverse_width,
-        TMA=tma, FLATTEN=tma and gpu.capability[0] == 9, **options,  # elsewhere flattening spills registers
+        TMA=tma, FLATTEN=tma and gpu.capability[0] == 9 and blocks == 1,  # elsewhere flattening spills registers
+        **options,
     )  # fmt: skip
     return y

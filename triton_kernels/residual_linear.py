@@ -38,7 +38,7 @@ from slicegpt_fast.kernels.counters import counters
 from slicegpt_fast.kernels.operands import rows, vector
 from slicegpt_fast.kernels.regimes import DECODE_ROWS
 
-from .launch import arrives_last, fits_tma, gpu_of, launch, vector_width
+from .launch import arrives_last, fits_tma, gpu_of, interpreting, launch, vector_width
 from .matmul import SIZES, add_in_order, multiply, store_tile, tile_position
 from .tiles import Tile, choose_split, choose_tile, programs
 
@@ -63,12 +63,25 @@ def add_terms(
     return acc
 
 
+PAIR_TO_FP32: tl.constexpr = tl.constexpr(
+    "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+)
+
+
 @triton.jit
-def finish(acc, rows, columns, y, M, N, stride_y):  # -> [BM] fp32
+def to_fp32(x, PTX: tl.constexpr):
+    """``x`` in fp32. fp16 goes by pairs: ptxas serialises the wgmma before one that is converted back alone (C7514)."""
+    if PTX and x.dtype == tl.float16:
+        x = tl.inline_asm_elementwise(PAIR_TO_FP32, "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def finish(acc, rows, columns, y, M, N, stride_y, PTX: tl.constexpr):  # -> [BM] fp32
     """Rounds and stores; returns the sums of squares of what was stored."""
     rounded = acc.to(y.dtype.element_ty)
     store_tile(y, rows, columns, M, N, stride_y, rounded)
-    rounded = rounded.to(tl.float32)
+    rounded = to_fp32(rounded, PTX)
     return tl.sum(rounded * rounded, axis=1)
 
 
@@ -95,6 +108,7 @@ def residual_linear_prefill(
     stride_residual,
     stride_y,
     TMA: tl.constexpr,
+    PTX: tl.constexpr,  # not in Triton's interpreter
     VEC: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -115,7 +129,7 @@ def residual_linear_prefill(
         acc = multiply(acc, a, w, m, n, 0, K, M, N, K, stride_a * VEC, stride_w * VEC, TMA, BM, BN, BK)
         if a2 is not None:
             acc = multiply(acc, a2, w2, m, n, 0, K2, M, N, K2, stride_a2 * VEC, stride_w2 * VEC, TMA, BM, BN, BK)
-        square = finish(acc, rows, columns, y, M, N, stride_y * VEC)
+        square = finish(acc, rows, columns, y, M, N, stride_y * VEC, PTX)
         tl.store(partial + tile_n.to(tl.int64) * M + rows, square, mask=rows < M)
         if arrives_last(counter + tile_m, tiles_n):
             tl.store(sumsq + rows, add_in_order(partial, rows, rows < M, tiles_n, M), mask=rows < M)
@@ -175,7 +189,7 @@ def residual_linear_decode(
     if complete:
         columns = n + tl.arange(0, BN)
         whole = add_terms(tl.trans(acc), rows, columns, bias, residual, M, N, stride_residual * VEC)
-        square = finish(whole, rows, columns, y, M, N, stride_y * VEC)
+        square = finish(whole, rows, columns, y, M, N, stride_y * VEC, False)
         tl.store(partial + tile * BM + rows, square)
         if arrives_last(counter, tl.num_programs(0)):
             tl.store(sumsq + rows, add_in_order(partial, rows, None, tl.num_programs(0), BM), mask=rows < M)
@@ -226,6 +240,6 @@ def residual_linear(
     launch(
         residual_linear_prefill, (min(tiles_m * tiles_n, programs(gpu, tile, a.element_size())),), a.device,
         *operands, bias, residual, y, partial, sumsq, counters(tiles_m, a.device),
-        *sizes, TMA=tma, VEC=vec, **tile.meta(),
+        *sizes, TMA=tma, PTX=not interpreting(), VEC=vec, **tile.meta(),
     )  # fmt: skip
     return y, sumsq

@@ -63,8 +63,12 @@ TILES = {
 }
 # Keyed on the blocks of W in a tile, two with a gate: an MMA takes 64 rows of W on its left, so a block has no fewer.
 DECODE_TILES = {1: (Tile(16, 64, 128, 4, 4), Tile(16, 128, 64, 4, 4)), 2: (Tile(16, 128, 64, 4, 4),)}
-# For fp32, which runs on the FMA units, and for rows that are not 16-byte aligned, which load element by element.
-SMALL_TILES = (Tile(64, 64, 32, 8, 3),)
+# For fp32, which runs on the FMA units.
+FP32_TILES = (Tile(64, 64, 32, 8, 3),)
+# For rows that are not 16-byte aligned, which load element by element: no asynchronous copy takes two bytes, and in a
+# pipeline without such copies sm_90's MMAs wait for each other.
+UNALIGNED_TILES = (Tile(64, 64, 32, 8, 1),)
+# For both.
 SMALL_DECODE_TILES = {1: (Tile(16, 64, 64, 4, 3),), 2: (Tile(16, 128, 32, 4, 3),)}
 # Epilogues that need registers, and some that do with a bias: at most 64 accumulators per thread then.
 HEAVY_EPILOGUES = {8: (), 9: ("gelu", "silu_gate + bias", "low rank + bias"), 10: ("gelu", "silu_gate + bias")}
@@ -85,10 +89,10 @@ def tiles_for(
 
     ``aligned``: rows load in vectors of 16 bytes. ``epilogue``: the activation, or the kind of shortcut.
     """
-    large = aligned and dtype != torch.float32
+    fp32 = dtype == torch.float32
     if m <= DECODE_ROWS:
-        return (DECODE_TILES if large else SMALL_DECODE_TILES)[2 if epilogue == "silu_gate" else 1]
-    tiles = TILES[generation(gpu)] if large else SMALL_TILES
+        return (DECODE_TILES if aligned and not fp32 else SMALL_DECODE_TILES)[2 if epilogue == "silu_gate" else 1]
+    tiles = FP32_TILES if fp32 else TILES[generation(gpu)] if aligned else UNALIGNED_TILES
     kinds = {epilogue, f"{epilogue} + bias"} if bias else {epilogue}
     most = 128 if kinds.isdisjoint(HEAVY_EPILOGUES[generation(gpu)]) else 64
     return tuple(tile for tile in tiles if tile.m * tile.n <= most * 32 * tile.warps)

@@ -1,18 +1,19 @@
 #include "cpu/linear.h"
 
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
 namespace sgf {
 
 namespace {
 
-constexpr Variant<void(const Linear&)> kVariants[] = {
-    {"baseline", &run_linear},
+constexpr Variant<const LinearKernel> kVariants[] = {
+    {"baseline", &kLinear},
 #if defined(__x86_64__)
-    {"avx2", &linear_avx2},
-    {"avx512", &linear_avx512},
-    {"avx512bf16", &linear_avx512bf16},
+    {"avx2", &kLinearAvx2},
+    {"avx512", &kLinearAvx512},
+    {"avx512bf16", &kLinearAvx512Bf16},
 #endif
 };
 
@@ -30,8 +31,8 @@ sgf_matrix transposed(const sgf_matrix& matrix) {
   return {matrix.data, matrix.columns, matrix.rows, matrix.column_stride, matrix.row_stride};
 }
 
-int run(const Linear& call) {
-  static const auto kernel = choose(kVariants);
+int run(const Linear& call, int threads) {
+  const LinearKernel* const kernel = linear_kernel();
   if (kernel == nullptr) return SGF_UNKNOWN_CPU_ISA;
   const int64_t most = call.M < kRows ? call.M : kRows;
   const Workspace memory = workspace(workspace_floats(most, call.n, call.terms[0].K, call.terms[1].K));
@@ -46,39 +47,59 @@ int run(const Linear& call) {
     if (call.sumsq != nullptr) block.sumsq += m;
     if (call.sumsq_of_y != nullptr) block.sumsq_of_y += m;
     block.workspace = memory.get();
-    kernel(block);
+    const int parts = linear_parts(call.n, threads);
+    kernel->prepare(block);
+    parallel(parts, [&](int part) { kernel->share(block, part, parts); });
+    kernel->finish(block);
   }
   return SGF_OK;
 }
 
 }  // namespace
-}  // namespace sgf
 
-int sgf_norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix product,
-                    sgf_matrix y, int64_t unscaled, double eps, double full_width, int activation, int dtype,
-                    int threads) {
-  sgf::Linear call = {};
-  call.dtype = dtype, call.threads = threads, call.M = h.rows, call.n = weight.rows;
+const LinearKernel* linear_kernel() {
+  static const LinearKernel* const kernel = choose(kVariants);
+  return kernel;
+}
+
+Linear norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix product, sgf_matrix y,
+                   int64_t unscaled, double eps, double full_width, int activation, int dtype) {
+  Linear call = {};
+  call.dtype = dtype, call.M = h.rows, call.n = weight.rows;
   call.terms[0] = {h, weight, h.columns};
   call.terms_used = product.data == nullptr ? 1 : 0;
   call.residual = product;
   call.bias = bias.data;
   call.scaled = true, call.sumsq = static_cast<const float*>(sumsq.data), call.eps = eps, call.width = full_width;
-  call.activation = activation, call.unscaled = unscaled;
+  call.activation = activation, call.unscaled = unscaled, call.unscaled_factor = 1;
   call.y = y;
-  return sgf::run(call);
+  return call;
 }
 
-int sgf_residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
-                        sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype, int threads) {
-  sgf::Linear call = {};
-  call.dtype = dtype, call.threads = threads, call.M = y.rows, call.n = y.columns;
+Linear residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
+                       sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype) {
+  Linear call = {};
+  call.dtype = dtype, call.M = y.rows, call.n = y.columns;
   call.terms[0] = {a, weight, a.columns};
-  call.terms[1] = {a2, sgf::transposed(weight2), a2.columns};  // weight2 is [K2, n]
+  call.terms[1] = {a2, transposed(weight2), a2.columns};  // weight2 is [K2, n]
   call.terms_used = a.data == nullptr ? 0 : a2.data == nullptr ? 1 : 2;
   call.bias = bias.data;
   call.residual = residual;
   call.y = y;
   call.sumsq_of_y = static_cast<float*>(sumsq.data);
-  return sgf::run(call);
+  return call;
+}
+
+}  // namespace sgf
+
+int sgf_norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix product,
+                    sgf_matrix y, int64_t unscaled, double eps, double full_width, int activation, int dtype,
+                    int threads) {
+  return sgf::run(sgf::norm_linear(h, weight, bias, sumsq, product, y, unscaled, eps, full_width, activation, dtype),
+                  threads);
+}
+
+int sgf_residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
+                        sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype, int threads) {
+  return sgf::run(sgf::residual_linear(a, weight, bias, residual, a2, weight2, y, sumsq, dtype), threads);
 }

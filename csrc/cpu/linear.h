@@ -23,10 +23,8 @@
 //            fp32 1.04 / 0.93 / 0.86; K = 456, n = 960 in bf16, 0.9 MB: 0.58 at M = 1
 #pragma once
 
-#include "arithmetic.h"
 #include "cpu/activation.h"
-#include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/dots.h"
 #include "slicegpt_fast.h"
 
 namespace sgf {
@@ -40,7 +38,7 @@ struct Term {
 
 // What a call of either op comes to.
 struct Linear {
-  int dtype, threads;
+  int dtype;
   int64_t M, n;
   Term terms[2];
   int terms_used;
@@ -48,185 +46,49 @@ struct Linear {
   bool scaled;          // by 1 / sqrt(sumsq / width + eps)
   const float* sumsq;   // [M] or null: of the first term's a
   double eps, width;
-  const void* bias;  // [n - unscaled] or null
+  const void* norm_weight;  // [K] or null: the first term's a is normalised and multiplied by it, rounded each time
+  const void* bias;         // [n - unscaled] or null
   int activation;
-  int64_t unscaled;   // columns at the end that get no scale, bias and activation
-  sgf_matrix y;       // [M, out], contiguous
-  float* sumsq_of_y;  // [M] or null
+  int64_t unscaled;       // columns at the end that get no scale, bias and activation
+  float unscaled_factor;  // but this
+  sgf_matrix y;           // [M, out], contiguous
+  float* sumsq_of_y;      // [M] or null
   float* workspace;
 };
 
+// A call in steps: one thread prepares, then each of `parts` computes its share of y, then one finishes.
+struct LinearKernel {
+  void (*prepare)(const Linear& call);
+  void (*share)(const Linear& call, int part, int parts);
+  void (*finish)(const Linear& call);
+};
+
+// That of the machine; null where SLICEGPT_FAST_CPU_ISA names no level.
+const LinearKernel* linear_kernel();
+
+// The calls of slicegpt_fast.h, without their workspace.
+Linear norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix product, sgf_matrix y,
+                   int64_t unscaled, double eps, double full_width, int activation, int dtype);
+Linear residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
+                       sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype);
+
 #if defined(__x86_64__)
-void linear_avx2(const Linear& call);
-void linear_avx512(const Linear& call);
-void linear_avx512bf16(const Linear& call);
+extern const LinearKernel kLinearAvx2, kLinearAvx512, kLinearAvx512Bf16;
 #endif
 
 namespace {
 
-// Workspace, in floats: `a` of either term as the kernel wants it, the sums, the scales.
-constexpr int64_t padded(int64_t size) { return ceil_div(size, 32) * 32; }
+// Threads' ranges of y's columns begin at multiples.
+constexpr int64_t kLinearBlock = 16;
 
+constexpr int linear_parts(int64_t n, int threads) {
+  const int64_t blocks = ceil_div(n, kLinearBlock);
+  return threads < blocks ? threads : static_cast<int>(blocks);
+}
+
+// Workspace, in floats: the sums, the scales, `a` of either term as the kernel wants it, and a normalised row.
 constexpr int64_t workspace_floats(int64_t M, int64_t n, int64_t K0, int64_t K1) {
-  return M * (padded(n) + padded(K0) + padded(K1)) + padded(M);
-}
-
-// kStep numbers of a row, as the dot products take them: from a weight, or from `a` where it is `Kept`.
-template <class T>
-struct Operand;
-
-template <>
-struct Operand<float> {
-  static constexpr int kStep = kLanes;
-  using Kept = float;
-  Floats x;
-
-  static Operand of(const float* from) { return {load(from)}; }
-  static Operand of(const float* from, int64_t count) { return {load(from, count)}; }
-  static Operand of_kept(const float* from) { return of(from); }
-  void keep(float* to) const { store(to, x); }
-  Floats times(Operand a, Floats sums) const { return sums + x * a.x; }
-};
-
-template <>
-struct Operand<Float16> {
-  static constexpr int kStep = 2 * kLanes;
-  using Kept = float;
-  Floats low, high;
-
-  static Operand of(const Float16* from) { return {load(from), load(from + kLanes)}; }
-  static Operand of(const Float16* from, int64_t count) {
-    return {load(from, count), load(from + kLanes, count - kLanes)};
-  }
-  static Operand of_kept(const float* from) { return {load(from), load(from + kLanes)}; }
-  void keep(float* to) const {
-    store(to, low);
-    store(to + kLanes, high);
-  }
-  Floats times(Operand a, Floats sums) const { return sums + low * a.low + high * a.high; }
-};
-
-template <>
-struct Operand<BFloat16> {
-  static constexpr int kStep = 2 * kLanes;
-#if defined(__AVX512BF16__)
-  using Kept = BFloat16;
-  Pairs x;
-
-  static Operand of(const BFloat16* from) { return {load_pairs(from)}; }
-  static Operand of(const BFloat16* from, int64_t count) { return {load_pairs(from, count)}; }
-  static Operand of_kept(const BFloat16* from) { return {load_pairs(from)}; }
-  void keep(BFloat16* to) const { std::memcpy(to, &x, sizeof x); }
-  Floats times(Operand a, Floats sums) const { return dot(sums, x, a.x); }
-#else
-  using Kept = float;
-  Floats even, odd;
-
-  static Operand of(const BFloat16* from) {
-    Words pairs;
-    std::memcpy(&pairs, from, sizeof pairs);
-    return {bit_cast<Floats>(pairs << 16), bit_cast<Floats>(pairs & 0xffff0000)};
-  }
-  static Operand of(const BFloat16* from, int64_t count) {
-    BFloat16 numbers[kStep] = {};
-    std::memcpy(numbers, from, static_cast<std::size_t>(count) * sizeof(BFloat16));
-    return of(numbers);
-  }
-  static Operand of_kept(const float* from) { return {load(from), load(from + kLanes)}; }
-  void keep(float* to) const {
-    store(to, even);
-    store(to + kLanes, odd);
-  }
-  Floats times(Operand a, Floats sums) const { return sums + even * a.even + odd * a.odd; }
-#endif
-};
-
-// What the next tile reads, to L2: the machine's own prefetchers, which start anew with every row, reach half the
-// bandwidth. Past the end of the weight there is nothing to fear from it.
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
-
-// A tile's partial sums fit the vector registers: 32 of them with AVX-512, else 16.
-constexpr int kTileRows = kLanes == 16 ? 6 : 3;  // with 4 rows of w
-constexpr int kFewRows = kLanes == 16 ? 4 : 1;   // with 8, which keeps more of w on its way
-
-// sums[m, r] += a[m] . w[r] for `rows` rows of a and `columns` rows of w.
-template <int rows, int columns, class T, class Kept = typename Operand<T>::Kept>
-inline void dot_tile(const Kept* a, int64_t a_stride, const T* w, int64_t w_stride, int64_t K, float* sums,
-                     int64_t sums_stride) {
-  using Step = Operand<T>;
-  Floats partial[rows][columns] = {};
-  const auto add = [&](int64_t k, auto... count) {
-    Step x[columns];
-#pragma GCC unroll 8
-    for (int r = 0; r < columns; ++r) {
-      x[r] = Step::of(w + r * w_stride + k, count...);
-      prefetch(w + (r + columns) * w_stride + k);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m) {
-      const Step y = Step::of_kept(a + m * a_stride + k);
-#pragma GCC unroll 8
-      for (int r = 0; r < columns; ++r) partial[m][r] = x[r].times(y, partial[m][r]);
-    }
-  };
-  int64_t k = 0;
-  for (; k + Step::kStep <= K; k += Step::kStep) add(k);
-  if (k < K) add(k, K - k);
-  for (int m = 0; m < rows; ++m) {
-    for (int r = 0; r < columns; ++r) sums[m * sums_stride + r] += sum(partial[m][r]);
-  }
-}
-
-// The same for M rows of a, `rows` at a time and then fewer.
-template <int rows, int columns, class T, class Kept = typename Operand<T>::Kept>
-inline void dot_tiles(int64_t M, const Kept* a, int64_t a_stride, const T* w, int64_t w_stride, int64_t K, float* sums,
-                      int64_t sums_stride) {
-  for (; M >= rows; M -= rows, a += rows * a_stride, sums += rows * sums_stride) {
-    dot_tile<rows, columns>(a, a_stride, w, w_stride, K, sums, sums_stride);
-  }
-  if constexpr (rows > 1) dot_tiles<rows - 1, columns>(M, a, a_stride, w, w_stride, K, sums, sums_stride);
-}
-
-// sums[m, j] += a[m, 0] * w[0, j] + ... for `steps` rows of w, which lie w_stride apart.
-template <int steps, class T>
-inline void add_steps(int64_t M, const float* a, int64_t a_stride, const T* w, int64_t w_stride, int64_t n, float* sums,
-                      int64_t sums_stride) {
-  const auto add = [&](int64_t j, auto... count) {
-    Floats x[steps];
-#pragma GCC unroll 8
-    for (int i = 0; i < steps; ++i) {
-      x[i] = load(w + i * w_stride + j, count...);
-      prefetch(w + (i + steps) * w_stride + j);
-    }
-    for (int64_t m = 0; m < M; ++m) {
-      Floats total = {};  // of these steps first: the more numbers a sum already holds, the coarser it takes the next
-#pragma GCC unroll 8
-      for (int i = 0; i < steps; ++i) total += x[i] * splat(a[m * a_stride + i]);
-      float* const to = sums + m * sums_stride + j;
-      store(to, load(to, count...) + total, count...);  // the next columns are another thread's
-    }
-  };
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) add(j);
-  if (j < n) add(j, n - j);
-}
-
-template <class T>
-inline float sum_of_squares(const T* x, int64_t n) {
-  Floats squares[4] = {};
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Floats value = load(x + j + i * kLanes);
-      squares[i] += value * value;
-    }
-  }
-  for (; j < n; j += kLanes) {
-    const Floats value = j + kLanes <= n ? load(x + j) : load(x + j, n - j);
-    squares[0] += value * value;
-  }
-  return sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  return M * (padded(n) + padded(K0) + padded(K1)) + padded(M) + padded(K0);
 }
 
 template <class T>
@@ -238,44 +100,45 @@ class Kernel {
     sums_ = take(call.M * sums_stride_);
     scale_ = take(padded(call.M));
     for (int i = 0; i < call.terms_used; ++i) kept_[i] = take(call.M * padded(call.terms[i].K));
+    if (call.norm_weight != nullptr) normed_ = reinterpret_cast<T*>(take(padded(call.terms[0].K)));
   }
 
-  void run() const {
+  void prepare() const {
     for (int64_t m = 0; m < call_.M; ++m) {
-      for (int i = 0; i < call_.terms_used; ++i) keep(call_.terms[i], kept_[i], m);
-      if (call_.scaled) scale_[m] = scale(call_.terms[0], m);
+      for (int i = 0; i < call_.terms_used; ++i) keep(call_.terms[i], kept_[i], m, i == 0 && normed_ != nullptr);
+      if (call_.scaled) scale_[m] = normed_ == nullptr ? scale(call_.terms[0], m) : 1.0f;
     }
+  }
+
+  void share(int part, int parts) const {
     const bool gated = call_.activation == SGF_SILU_GATE;
     const int64_t scaled = call_.n - call_.unscaled, half = scaled / 2;
-    const int64_t blocks = ceil_div(call_.n, kBlock);
-    const int parts = static_cast<int>(call_.threads < blocks ? call_.threads : blocks);
-    parallel(parts, [&](int part) {
-      const Range columns = share(gated ? half : scaled, part, parts), plain = share(call_.unscaled, part, parts);
-      add_up(columns.begin, columns.end);
-      if (gated) add_up(half + columns.begin, half + columns.end);
-      add_up(scaled + plain.begin, scaled + plain.end);
-      for (int64_t m = 0; m < call_.M; ++m) {
-        gated ? gate(m, half, columns) : finish(m, columns);
-        copy(m, {scaled + plain.begin, scaled + plain.end});
-      }
-    });
-    if (call_.sumsq_of_y != nullptr) {
-      for (int64_t m = 0; m < call_.M; ++m) call_.sumsq_of_y[m] = sum_of_squares(y(m), call_.y.columns);
+    const Range columns = range(gated ? half : scaled, part, parts), plain = range(call_.unscaled, part, parts);
+    add_up(columns.begin, columns.end);
+    if (gated) add_up(half + columns.begin, half + columns.end);
+    add_up(scaled + plain.begin, scaled + plain.end);
+    for (int64_t m = 0; m < call_.M; ++m) {
+      gated ? gate(m, half, columns) : finish(m, columns);
+      copy(m, {scaled + plain.begin, scaled + plain.end});
     }
+  }
+
+  void finish() const {
+    if (call_.sumsq_of_y == nullptr) return;
+    for (int64_t m = 0; m < call_.M; ++m) call_.sumsq_of_y[m] = sum_of_squares(y(m), call_.y.columns);
   }
 
  private:
   using Step = Operand<T>;
   using Kept = typename Step::Kept;
-  static constexpr int64_t kBlock = 16;  // threads' ranges begin at multiples
 
   struct Range {
     int64_t begin, end;
   };
 
-  static Range share(int64_t count, int64_t part, int64_t parts) {
-    const int64_t blocks = ceil_div(count, kBlock);
-    const int64_t begin = part * blocks / parts * kBlock, end = (part + 1) * blocks / parts * kBlock;
+  static Range range(int64_t count, int64_t part, int64_t parts) {
+    const int64_t blocks = ceil_div(count, kLinearBlock);
+    const int64_t begin = part * blocks / parts * kLinearBlock, end = (part + 1) * blocks / parts * kLinearBlock;
     return {begin < count ? begin : count, end < count ? end : count};
   }
 
@@ -290,20 +153,26 @@ class Kernel {
     return static_cast<float>(1.0 / __builtin_sqrt(squares / call_.width + call_.eps));
   }
 
-  // Row m of `a`, in the form that the products take, with zeros up to a whole step.
-  static void keep(const Term& term, float* kept, int64_t m) {
+  // Row m of `a`, in the form that the products take.
+  void keep(const Term& term, float* kept, int64_t m, bool normalised) const {
     const T* from = static_cast<const T*>(term.a.data) + m * term.a.row_stride;
+    if (normalised) from = normalise(term, from, scale(term, m));
     if (by_rows(term)) {
-      Kept* to = reinterpret_cast<Kept*>(kept) + m * padded(term.K);
-      int64_t k = 0;
-      for (; k + Step::kStep <= term.K; k += Step::kStep) Step::of(from + k).keep(to + k);
-      if (k < term.K) Step::of(from + k, term.K - k).keep(to + k);
+      keep_row(from, term.K, reinterpret_cast<Kept*>(kept) + m * padded(term.K));
     } else {
       float* to = kept + m * padded(term.K);
-      int64_t k = 0;
-      for (; k + kLanes <= term.K; k += kLanes) store(to + k, load(from + k));
-      if (k < term.K) store(to + k, load(from + k, term.K - k));
+      for (int64_t k = 0; k < term.K; k += kLanes) store(to + k, load(from + k, term.K - k));
     }
+  }
+
+  const T* normalise(const Term& term, const T* from, float scale) const {
+    const T* weight = static_cast<const T*>(call_.norm_weight);
+    for (int64_t k = 0; k < term.K; k += kLanes) {
+      const int64_t count = term.K - k;
+      store(normed_ + k, load(from + k, count) * scale, count);
+      store(normed_ + k, load(normed_ + k, count) * load(weight + k, count), count);
+    }
+    return normed_;
   }
 
   // The sums of columns begin ... end.
@@ -313,42 +182,12 @@ class Kernel {
       const Term& term = call_.terms[i];
       const T* w = static_cast<const T*>(term.w.data);
       if (by_rows(term)) {
-        add_rows(term, reinterpret_cast<const Kept*>(kept_[i]), w, begin, end);
+        dot_rows(call_.M, reinterpret_cast<const Kept*>(kept_[i]), padded(term.K), w, term.w.row_stride, term.K, sums_,
+                 sums_stride_, begin, end);
       } else {
-        add_columns(term, kept_[i], w, begin, end);
+        add_rows(call_.M, kept_[i], padded(term.K), w + begin, term.w.column_stride, term.K, end - begin, sums_ + begin,
+                 sums_stride_);
       }
-    }
-  }
-
-  void add_rows(const Term& term, const Kept* a, const T* w, int64_t begin, int64_t end) const {
-    if (call_.M <= kFewRows) {
-      begin = add_rows<kFewRows, 8>(term, a, w, begin, end);
-    } else {
-      begin = add_rows<kTileRows, 4>(term, a, w, begin, end);
-    }
-    add_rows<kTileRows, 1>(term, a, w, begin, end);
-  }
-
-  // As many whole tiles as fit; returns where they end.
-  template <int rows, int columns>
-  int64_t add_rows(const Term& term, const Kept* a, const T* w, int64_t begin, int64_t end) const {
-    const int64_t stride = term.w.row_stride;
-    for (; begin + columns <= end; begin += columns) {
-      dot_tiles<rows, columns>(call_.M, a, padded(term.K), w + begin * stride, stride, term.K, sums_ + begin,
-                               sums_stride_);
-    }
-    return begin;
-  }
-
-  void add_columns(const Term& term, const float* a, const T* w, int64_t begin, int64_t end) const {
-    const int64_t a_stride = padded(term.K), w_stride = term.w.column_stride, n = end - begin;
-    w += begin;
-    int64_t k = 0;
-    for (; k + 8 <= term.K; k += 8, w += 8 * w_stride) {
-      add_steps<8>(call_.M, a + k, a_stride, w, w_stride, n, sums_ + begin, sums_stride_);
-    }
-    for (; k < term.K; ++k, w += w_stride) {
-      add_steps<1>(call_.M, a + k, a_stride, w, w_stride, n, sums_ + begin, sums_stride_);
     }
   }
 
@@ -384,7 +223,7 @@ class Kernel {
   void copy(int64_t m, Range columns) const {
     T* const to = y(m) + call_.y.columns - call_.n;
     for (int64_t j = columns.begin; j < columns.end; j += kLanes) {
-      store(to + j, load(sums(m) + j, columns.end - j), columns.end - j);
+      store(to + j, load(sums(m) + j, columns.end - j) * call_.unscaled_factor, columns.end - j);
     }
   }
 
@@ -393,18 +232,29 @@ class Kernel {
   float* sums_;
   float* scale_;
   float* kept_[2];
+  T* normed_ = nullptr;
 };
 
-inline void run_linear(const Linear& call) {
+// f(kernel) with the kernel of the call's dtype.
+template <class Function>
+inline void with_kernel(const Linear& call, Function&& f) {
   switch (call.dtype) {
     case SGF_FLOAT32:
-      return Kernel<float>(call).run();
+      return f(Kernel<float>(call));
     case SGF_FLOAT16:
-      return Kernel<Float16>(call).run();
+      return f(Kernel<Float16>(call));
     case SGF_BFLOAT16:
-      return Kernel<BFloat16>(call).run();
+      return f(Kernel<BFloat16>(call));
   }
 }
+
+constexpr LinearKernel kLinear = {
+    [](const Linear& call) { with_kernel(call, [](const auto& kernel) { kernel.prepare(); }); },
+    [](const Linear& call, int part, int parts) {
+      with_kernel(call, [=](const auto& kernel) { kernel.share(part, parts); });
+    },
+    [](const Linear& call) { with_kernel(call, [](const auto& kernel) { kernel.finish(); }); },
+};
 
 }  // namespace
 }  // namespace sgf

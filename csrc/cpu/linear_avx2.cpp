@@ -1,3 +1,3 @@
 #include "cpu/linear.h"
 
-void sgf::linear_avx2(const Linear& call) { run_linear(call); }
+const sgf::LinearKernel sgf::kLinearAvx2 = sgf::kLinear;

@@ -1,3 +1,3 @@
 #include "cpu/linear.h"
 
-void sgf::linear_avx512bf16(const Linear& call) { run_linear(call); }
+const sgf::LinearKernel sgf::kLinearAvx512Bf16 = sgf::kLinear;

@@ -183,6 +183,46 @@ inline float sum(Floats x) {
   }
 }
 
+// Lane i of a[i] + a[i ^ flip] where i has not that bit, of b's where it has.
+template <int flip, int... lane>
+inline Floats merge(Floats a, Floats b, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((lane & flip) != 0 ? lane + kLanes : lane)...) +
+         __builtin_shufflevector(a, b, ((lane & flip) != 0 ? (lane ^ flip) + kLanes : lane ^ flip)...);
+#else
+  return __builtin_shuffle(a, b, Words{((lane & flip) != 0 ? lane + kLanes : lane)...}) +
+         __builtin_shuffle(a, b, Words{((lane & flip) != 0 ? (lane ^ flip) + kLanes : lane ^ flip)...});
+#endif
+}
+
+// Lanes 0, step, 2 step, ...
+template <int step, int... lane>
+inline Floats every(Floats x, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, (lane * step % kLanes)...);
+#else
+  return __builtin_shuffle(x, Words{(lane * step % kLanes)...});
+#endif
+}
+
+// Lane r: sum(x[r]), bit for bit, for count <= kLanes vectors, a power of two. Two vectors at a time become one: where
+// one adds its lanes i and i + flip, there is room for the other's.
+template <int count, int flip = kLanes / 2>
+inline Floats sums_of(const Floats* x) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+  if constexpr (flip == 0) {
+    return x[0];
+  } else if constexpr (count == 1) {
+    const Floats folded = x[0] + exchange<flip>(x[0], lanes);
+    return sums_of<1, flip / 2>(&folded);
+  } else {
+    Floats merged[count / 2];
+    for (int r = 0; r < count / 2; ++r) merged[r] = merge<flip>(x[r], x[r + count / 2], lanes);
+    const Floats sums = sums_of<count / 2, flip / 2>(merged);
+    return flip == kLanes / 2 ? every<kLanes / count>(sums, lanes) : sums;
+  }
+}
+
 #if defined(__AVX512BF16__)
 // 2 kLanes bf16 numbers; lane i of an fp32 vector goes with the pair (2i, 2i + 1).
 using Pairs = __m512bh;

@@ -147,10 +147,11 @@ __global__ void prepare(const uint16_t* x, int64_t stride, int64_t N, int64_t D,
 constexpr int kPiece = 32;
 constexpr int kPieceRows = 8;  // threads along the rows of a piece
 
-// A block owns a 32 x 32 piece of the lower triangle and its mirror image.
+// A block owns a 32 x 32 piece of the lower triangle and its mirror image. A split's share of the workspace has
+// `share_size` cells: counting the tiles takes a loop, which the host runs once.
 template <class Real>
-__global__ void reduce_mirror(const float* workspace, int splits, Real* acc, int64_t D, int64_t stride_row,
-                              int64_t stride_column) {
+__global__ void reduce_mirror(const float* workspace, int splits, int64_t share_size, Real* acc, int64_t D,
+                              int64_t stride_row, int64_t stride_column) {
   wait_for_previous();
   if (blockIdx.x > blockIdx.y) return;
   __shared__ Real piece[kPiece][kPiece + 1];
@@ -161,7 +162,7 @@ __global__ void reduce_mirror(const float* workspace, int splits, Real* acc, int
     if (r >= D || c > r) continue;
     const float* share = cells + y * kTileColumns + threadIdx.x;
     double total = 0;
-    for (int split = 0; split < splits; ++split) total += share[split * share_cells(D)];
+    for (int split = 0; split < splits; ++split) total += share[split * share_size];
     Real* to = acc + r * stride_row + c * stride_column;
     *to = piece[y][threadIdx.x] = static_cast<Real>(static_cast<double>(*to) + total);
   }
@@ -175,16 +176,17 @@ __global__ void reduce_mirror(const float* workspace, int splits, Real* acc, int
 template <class Element>
 int prepare_planes(const sgf_matrix& x, const float* row_scale, const uint8_t* mask, void* planes, int64_t pitch,
                    uintptr_t stream) {
-  return launch(prepare<Element>, {static_cast<unsigned>(x.rows), 256}, stream, static_cast<const uint16_t*>(x.data),
-                x.row_stride, x.rows, x.columns, row_scale, mask, static_cast<uint16_t*>(planes), pitch);
+  return hopper::launch(prepare<Element>, {static_cast<unsigned>(x.rows), 256}, stream,
+                        static_cast<const uint16_t*>(x.data), x.row_stride, x.rows, x.columns, row_scale, mask,
+                        static_cast<uint16_t*>(planes), pitch);
 }
 
 template <class Real>
 int add_to(const sgf_matrix& acc, const float* workspace, int splits, uintptr_t stream) {
   const auto pieces = static_cast<unsigned>(ceil_div(acc.rows, kPiece));
   const dim3 grid(pieces, pieces), threads(kPiece, kPieceRows);
-  return launch(reduce_mirror<Real>, {grid, threads}, stream, workspace, splits, static_cast<Real*>(acc.data), acc.rows,
-                acc.row_stride, acc.column_stride);
+  return hopper::launch(reduce_mirror<Real>, {grid, threads}, stream, workspace, splits, share_cells(acc.rows),
+                        static_cast<Real*>(acc.data), acc.rows, acc.row_stride, acc.column_stride);
 }
 
 }  // namespace
@@ -224,8 +226,8 @@ int sgf_cuda_covariance(sgf_matrix acc, sgf_matrix x, sgf_matrix row_scale, sgf_
   float* const shares = static_cast<float*>(workspace.data);
   const auto tiles = dtype == SGF_BFLOAT16 ? partial_tiles<true> : partial_tiles<false>;
   const dim3 grid(static_cast<unsigned>(tiles_of(D) * kRanks), static_cast<unsigned>(splits));
-  if (const int status = launch(tiles, {grid, kThreads, kSharedBytes, kRanks}, stream, map, N, D,
-                                split_tokens(N, splits), scaled ? 2 : 1, scaled ? 1 : 0, shares)) {
+  if (const int status = hopper::launch(tiles, {grid, kThreads, kSharedBytes, kRanks}, stream, map, N, D,
+                                        split_tokens(N, splits), scaled ? 2 : 1, scaled ? 1 : 0, shares)) {
     return status;
   }
   const auto add = acc_dtype == SGF_FLOAT64 ? add_to<double> : add_to<float>;

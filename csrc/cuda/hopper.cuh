@@ -29,4 +29,11 @@ inline int make_map(const void* tensor, int64_t const (&sizes)[3], int64_t const
   return result == CUDA_SUCCESS ? SGF_OK : SGF_CUDA_BAD_ARGUMENT;
 }
 
+// Launches a kernel of a file that is compiled for 9.0 alone: its clusters do not hang on what the driver says of it.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), Launch how, uintptr_t stream, const Arguments&... arguments) {
+  how.hopper_only = true;
+  return sgf::launch(kernel, how, stream, arguments...);
+}
+
 }  // namespace sgf::hopper

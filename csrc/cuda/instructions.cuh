@@ -66,6 +66,20 @@ __device__ __forceinline__ int32_t count_in(int32_t* counter) {
   return before;
 }
 
+// ---- Arithmetic: a unit or two in the last place, and no subnormal numbers ----
+
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- Tensor cores of compute capability 8.0 ----
 
 // d += a b: 16 x 8 over 16 k, of one warp.
@@ -185,21 +199,35 @@ __device__ __forceinline__ void copy_box(const CUtensorMap* map, int x, int y, i
   ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31" \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
   ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define SGF_LIST96                                                   \
-  SGF_LIST64                                                         \
-  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
+#define SGF_LIST80 \
+  SGF_LIST64       \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define SGF_LIST96 \
+  SGF_LIST80       \
   ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define SGF_LIST128                                                              \
-  SGF_LIST96                                                                     \
-  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
-  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define SGF_LIST104 \
+  SGF_LIST96        \
+  ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define SGF_LIST112 \
+  SGF_LIST104       \
+  ",%104,%105,%106,%107,%108,%109,%110,%111"
+#define SGF_LIST120 \
+  SGF_LIST112       \
+  ",%112,%113,%114,%115,%116,%117,%118,%119"
+#define SGF_LIST128 \
+  SGF_LIST120       \
+  ",%120,%121,%122,%123,%124,%125,%126,%127"
 #define SGF_IN_OUT8(i)                                                                                        \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define SGF_IN_OUT32(i) SGF_IN_OUT8(i), SGF_IN_OUT8(i + 8), SGF_IN_OUT8(i + 16), SGF_IN_OUT8(i + 24)
-#define SGF_IN_OUT64 SGF_IN_OUT32(0), SGF_IN_OUT32(32)
-#define SGF_IN_OUT96 SGF_IN_OUT64, SGF_IN_OUT32(64)
-#define SGF_IN_OUT128 SGF_IN_OUT96, SGF_IN_OUT32(96)
+#define SGF_IN_OUT16(i) SGF_IN_OUT8(i), SGF_IN_OUT8(i + 8)
+#define SGF_IN_OUT64 SGF_IN_OUT16(0), SGF_IN_OUT16(16), SGF_IN_OUT16(32), SGF_IN_OUT16(48)
+#define SGF_IN_OUT80 SGF_IN_OUT64, SGF_IN_OUT16(64)
+#define SGF_IN_OUT96 SGF_IN_OUT80, SGF_IN_OUT16(80)
+#define SGF_IN_OUT104 SGF_IN_OUT96, SGF_IN_OUT8(96)
+#define SGF_IN_OUT112 SGF_IN_OUT104, SGF_IN_OUT8(104)
+#define SGF_IN_OUT120 SGF_IN_OUT112, SGF_IN_OUT8(112)
+#define SGF_IN_OUT128 SGF_IN_OUT120, SGF_IN_OUT8(120)
 #define SGF_MMA(types, N, list, a, b, add, along_m, along_n, ...)                                                      \
   asm volatile("{ .reg .pred add;\n\tsetp.ne.b32 add, " add                                                            \
                ", 0;\n\t"                                                                                              \
@@ -217,17 +245,29 @@ __device__ __forceinline__ void copy_box(const CUtensorMap* map, int x, int y, i
     }                                                                                                          \
   }
 SGF_WGMMA(64, "128", SGF_LIST64, "%64", "%65", "%66", "%67", "%68", SGF_IN_OUT64)
+SGF_WGMMA(80, "160", SGF_LIST80, "%80", "%81", "%82", "%83", "%84", SGF_IN_OUT80)
 SGF_WGMMA(96, "192", SGF_LIST96, "%96", "%97", "%98", "%99", "%100", SGF_IN_OUT96)
+SGF_WGMMA(104, "208", SGF_LIST104, "%104", "%105", "%106", "%107", "%108", SGF_IN_OUT104)
+SGF_WGMMA(112, "224", SGF_LIST112, "%112", "%113", "%114", "%115", "%116", SGF_IN_OUT112)
+SGF_WGMMA(120, "240", SGF_LIST120, "%120", "%121", "%122", "%123", "%124", SGF_IN_OUT120)
 SGF_WGMMA(128, "256", SGF_LIST128, "%128", "%129", "%130", "%131", "%132", SGF_IN_OUT128)
 #undef SGF_WGMMA
 #undef SGF_MMA
 #undef SGF_IN_OUT128
+#undef SGF_IN_OUT120
+#undef SGF_IN_OUT112
+#undef SGF_IN_OUT104
 #undef SGF_IN_OUT96
+#undef SGF_IN_OUT80
 #undef SGF_IN_OUT64
-#undef SGF_IN_OUT32
+#undef SGF_IN_OUT16
 #undef SGF_IN_OUT8
 #undef SGF_LIST128
+#undef SGF_LIST120
+#undef SGF_LIST112
+#undef SGF_LIST104
 #undef SGF_LIST96
+#undef SGF_LIST80
 #undef SGF_LIST64
 
 // Orders the accumulators before the tensor cores' first access to them.

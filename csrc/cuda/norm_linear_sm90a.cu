@@ -31,14 +31,14 @@ struct NormArguments {
   const float* sumsq;
   uint16_t* y;
   int64_t stride_y;
-  int activation;
   float eps, inverse_width;
 };
 
-template <int kWidth, class Element>
+template <int kWidth, class Element, int kActivation>
 struct NormEpilogue {
   using Arguments = NormArguments;
   using S = Shape<kWidth>;
+  static constexpr bool kGated = kActivation == SGF_SILU_GATE;
 
   const Problem& p;
   const NormArguments& a;
@@ -57,17 +57,6 @@ struct NormEpilogue {
     }
   }
 
-  // In place, over the accumulators: one loop per activation, so that no element asks which it is.
-  template <int kActivation>
-  static __device__ __forceinline__ void activate_all(float (&sums)[S::kAccumulators]) {
-    constexpr bool kGated = kActivation == SGF_SILU_GATE;
-#pragma unroll
-    for (int c = 0; c < (kGated ? S::kAccumulators / 2 : S::kAccumulators); ++c) {
-      sums[c] = sgf::activate(sums[c], kActivation);
-      if (kGated) sums[c] *= sums[c + S::kAccumulators / 2];
-    }
-  }
-
   __device__ __forceinline__ void finish(float (&sums)[S::kAccumulators]) {
     if (columns.scaled) {
       const float scale[2] = {rsqrtf(sumsq[0] * a.inverse_width + a.eps), rsqrtf(sumsq[1] * a.inverse_width + a.eps)};
@@ -78,26 +67,17 @@ struct NormEpilogue {
 #pragma unroll
         for (int block = 0; block < 4; ++block) {
 #pragma unroll
-          for (int below = 0; below < 2; ++below) {
+          for (int below = 0; below < 2 && has_block(kWidth, chunk, block); ++below) {
             float* sum = sums + accumulator_of(chunk, block, below);
             sum[0] = sum[0] * scale[below] + Element::low(words.pair[block]);
             sum[1] = sum[1] * scale[below] + Element::high(words.pair[block]);
           }
         }
       }
-      switch (a.activation) {
-        case SGF_RELU:
-          activate_all<SGF_RELU>(sums);
-          break;
-        case SGF_GELU:
-          activate_all<SGF_GELU>(sums);
-          break;
-        case SGF_GELU_TANH:
-          activate_all<SGF_GELU_TANH>(sums);
-          break;
-        case SGF_SILU_GATE:
-          activate_all<SGF_SILU_GATE>(sums);
-          break;
+#pragma unroll
+      for (int c = 0; c < (kGated ? S::kAccumulators / 2 : S::kAccumulators); ++c) {
+        sums[c] = sgf::activate(sums[c], kActivation);
+        if (kGated) sums[c] *= sums[c + S::kAccumulators / 2];
       }
     }
     Words words[2][S::kChunks];
@@ -108,12 +88,12 @@ struct NormEpilogue {
 #pragma unroll
         for (int block = 0; block < 4; ++block) {
           const float* sum = sums + accumulator_of(chunk, block, below);
-          words[below][chunk].pair[block] = Element::pack(sum[0], sum[1]);
+          words[below][chunk].pair[block] = has_block(kWidth, chunk, block) ? Element::pack(sum[0], sum[1]) : 0;
         }
         transpose(words[below][chunk]);
       }
     }
-    const int chunks = p.gated && columns.scaled ? S::kChunks / 2 : S::kChunks;
+    const int stored = kGated && columns.scaled ? S::kHalf : kWidth;
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       const int64_t m = row + 8 * below;
@@ -121,16 +101,17 @@ struct NormEpilogue {
 #pragma unroll
       for (int chunk = 0; chunk < S::kChunks; ++chunk) {
         const Run run = run_of(kWidth, columns, chunk, threadIdx.x % 4);
-        store_run(y + run.column, words[below][chunk], m < p.M && chunk < chunks ? run.count : 0);
+        const bool exists = m < p.M && run.column - columns.column < stored;
+        store_run(y + run.column, words[below][chunk], exists ? run.count : 0);
       }
     }
   }
 };
 
-template <int kWidth, class Element>
+template <int kWidth, class Element, int kActivation>
 __global__ __launch_bounds__(kThreads, 1) void norm_linear_prefill(const __grid_constant__ Problem p,
                                                                    const __grid_constant__ NormArguments arguments) {
-  run<kWidth, Element, false, NormEpilogue<kWidth, Element>>(p, arguments);
+  run<kWidth, Element, false, NormEpilogue<kWidth, Element, kActivation>>(p, arguments);
 }
 
 constexpr int kSquaresThreads = 256;
@@ -161,10 +142,21 @@ __global__ __launch_bounds__(kSquaresThreads) void row_squares(const uint16_t* h
 }
 
 template <class Element>
-constexpr auto kernel_of(int width) {
-  return width == 256   ? norm_linear_prefill<256, Element>
-         : width == 192 ? norm_linear_prefill<192, Element>
-                        : norm_linear_prefill<128, Element>;
+auto kernel_of(int activation) {
+  return [activation](auto width) {
+    switch (activation) {
+      case SGF_RELU:
+        return norm_linear_prefill<width, Element, SGF_RELU>;
+      case SGF_GELU:
+        return norm_linear_prefill<width, Element, SGF_GELU>;
+      case SGF_GELU_TANH:
+        return norm_linear_prefill<width, Element, SGF_GELU_TANH>;
+      case SGF_SILU_GATE:
+        return norm_linear_prefill<width, Element, SGF_SILU_GATE>;
+      default:
+        return norm_linear_prefill<width, Element, SGF_NO_ACTIVATION>;
+    }
+  };
 }
 
 }  // namespace
@@ -175,14 +167,20 @@ int sgf_cuda_row_squares(sgf_matrix h, sgf_matrix sumsq, int dtype, uintptr_t st
   if (const int status = sgf::check_operands({h}, sizeof(uint16_t))) return status;
   if (const int status = sgf::check_operands({sumsq}, sizeof(float))) return status;
   const dim3 grid(static_cast<unsigned>(ceil_div(h.rows, kSquaresRows)));
-  return sgf::launch(dtype == SGF_BFLOAT16 ? row_squares<Bfloat16> : row_squares<Half>, {grid, kSquaresThreads}, stream,
-                     static_cast<const uint16_t*>(h.data), h.row_stride, h.rows, h.columns,
-                     static_cast<float*>(sumsq.data));
+  return sgf::hopper::launch(dtype == SGF_BFLOAT16 ? row_squares<Bfloat16> : row_squares<Half>, {grid, kSquaresThreads},
+                             stream, static_cast<const uint16_t*>(h.data), h.row_stride, h.rows, h.columns,
+                             static_cast<float*>(sumsq.data));
+}
+
+int sgf_cuda_norm_linear_prefill_width(int M, int64_t scaled, int64_t unscaled, int K, int activation, int sms) {
+  return choose_deal(M, static_cast<int>(scaled), static_cast<int>(unscaled), activation == SGF_SILU_GATE, steps_in(K),
+                     sms, false)
+      .width;
 }
 
 int sgf_cuda_norm_linear_prefill(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix y,
-                                 int64_t unscaled, double eps, double full_width, int activation, int dtype, int sms,
-                                 uintptr_t stream) {
+                                 int64_t unscaled, double eps, double full_width, int activation, int dtype, int width,
+                                 int sms, uintptr_t stream) {
   const bool gated = activation == SGF_SILU_GATE;
   const int64_t scaled = weight.rows - unscaled;
   if (y.data == nullptr || scaled < 0 || unscaled < 0 || activation < SGF_NO_ACTIVATION || activation > SGF_SILU_GATE ||
@@ -190,24 +188,25 @@ int sgf_cuda_norm_linear_prefill(sgf_matrix h, sgf_matrix weight, sgf_matrix bia
     return SGF_CUDA_BAD_ARGUMENT;
   }
   if (const int status = check_prefill(h.rows, weight.rows, h.columns, dtype, sms)) return status;
+  Problem p{};
+  p.M = static_cast<int>(h.rows), p.gated = gated;
+  p.scaled = static_cast<int>(scaled), p.unscaled = static_cast<int>(unscaled);
+  p.steps_first = p.steps = steps_in(static_cast<int>(h.columns));
+  if (const int status = check_deal(p, {width, 1})) return status;
   if (const int status = check_copied(h)) return status;
   if (const int status = check_copied(weight)) return status;
   if (const int status = sgf::check_operands({bias, y}, sizeof(uint16_t))) return status;
   if (const int status = sgf::check_operands({sumsq}, sizeof(float))) return status;
 
-  Problem p{};
-  p.M = static_cast<int>(h.rows), p.gated = gated;
-  p.scaled = static_cast<int>(scaled), p.unscaled = static_cast<int>(unscaled);
-  p.steps_first = p.steps = steps_in(static_cast<int>(h.columns));
-  const int width = choose_width(p.M, p.scaled, p.unscaled, gated, p.steps, sms);
   if (const int status = make_maps(p, 0, h, weight, width, dtype)) return status;
   const NormArguments arguments{static_cast<const uint16_t*>(bias.data),
                                 static_cast<const float*>(sumsq.data),
                                 static_cast<uint16_t*>(y.data),
                                 y.row_stride,
-                                activation,
                                 static_cast<float>(eps),
                                 static_cast<float>(1 / full_width)};
-  return launch_prefill(dtype == SGF_BFLOAT16 ? kernel_of<Bfloat16>(width) : kernel_of<Half>(width), width, sms, stream,
-                        p, arguments);
+  const auto launch_of = [&](auto kernel_of) {
+    return launch_prefill(kernel_of, p, {width, 1}, sms, stream, arguments);
+  };
+  return dtype == SGF_BFLOAT16 ? launch_of(kernel_of<Bfloat16>(activation)) : launch_of(kernel_of<Half>(activation));
 }

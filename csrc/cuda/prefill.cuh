@@ -20,8 +20,12 @@
 // one stores, the other has the tensor cores for itself and takes 512 clocks per step instead of 1024, and so catches
 // up by just the lead. At W = 256 that is one step: 512 of the 1500 clocks, and 2 % of the tile remain.
 //
-// Widths of 192 and 128 are there for what 256 would leave idle in the last wave or beyond the last column.
+// The other widths are there for what 256 would leave idle in the last wave or beyond the last column. Of 64 rows or
+// less one warpgroup of the cluster multiplies, of up to 128 two: a step's 2 W or 4 W clocks are then less than the
+// weight takes to come from memory.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/element.cuh"
 #include "cuda/hopper.cuh"
@@ -40,6 +44,9 @@ struct Problem {
   int M, scaled, unscaled;  // scaled and unscaled rows of the weight
   bool gated, along_n;
   int steps_first, steps;  // of the first pair, and of both
+  int splits, split_steps;
+  int rows, across,
+      items;  // in tiles, and how many splits of tiles there are: in registers they would crowd out others
 };
 
 // Eight neighbouring columns, as pairs.
@@ -49,7 +56,7 @@ struct Words {
 
 // The first `count` of eight elements, zeros for the rest.
 __device__ __forceinline__ Words load_run(const uint16_t* from, int count) {
-  if (count == kRun && reinterpret_cast<uintptr_t>(from) % sizeof(Words) == 0) {
+  if (__builtin_expect(count == kRun && reinterpret_cast<uintptr_t>(from) % sizeof(Words) == 0, true)) {
     const uint4 x = *reinterpret_cast<const uint4*>(from);
     return {{x.x, x.y, x.z, x.w}};
   }
@@ -66,7 +73,7 @@ __device__ __forceinline__ Words load_run(const uint16_t* from, int count) {
 
 __device__ __forceinline__ void store_run(uint16_t* to, const Words& words, int count) {
   const uint32_t (&x)[4] = words.pair;
-  if (count == kRun && reinterpret_cast<uintptr_t>(to) % sizeof(Words) == 0) {
+  if (__builtin_expect(count == kRun && reinterpret_cast<uintptr_t>(to) % sizeof(Words) == 0, true)) {
     store_16_bytes(to, x);
     return;
   }
@@ -112,23 +119,25 @@ struct Pipeline {
   __device__ uint32_t empty_at(int stage) const { return empty + stage * sizeof(uint64_t); }
 };
 
-// One thread: brings this rank's boxes of every step of a tile.
+// One thread: brings this rank's boxes of these steps of a tile.
 template <int kWidth, bool kTwoPairs>
-__device__ __forceinline__ void bring(const Problem& p, const Pipeline<kWidth>& pipeline, Place place,
+__device__ __forceinline__ void bring(const Problem& p, const Pipeline<kWidth>& pipeline, Place place, Steps steps,
                                       const Columns& columns, int rank, Ring<Shape<kWidth>::kStages>& ring) {
-  for (int step = 0; step < p.steps; ++step, ring.next()) {
-    const bool second = kTwoPairs && step >= p.steps_first;
+  using S = Shape<kWidth>;
+#pragma unroll 1
+  for (int step = steps.first; step < steps.last; ++step, ring.next()) {
+    const bool second = kTwoPairs && step >= p.steps_first, along_n = second && p.along_n;
     const int k = (second ? step - p.steps_first : step) * kStep;
     const uint32_t stage = pipeline.at(ring.stage), barrier = pipeline.full_at(ring.stage);
     const auto copy = [&](const CUtensorMap* map, const Box& box) {
       copy_box(map, box.x, box.y, 0, stage + box.to, barrier, box.both);
     };
     wait(pipeline.empty_at(ring.stage), ring.parity ^ 1);
-    arrive_and_expect(barrier, Shape<kWidth>::kStageBytes);
+    arrive_and_expect(barrier, along_n ? S::kStageBytes : S::kBroughtAlongK);
     copy(p.left + second, left_box(k, place.row, rank));
-    if (second && p.along_n) {
+    if (along_n) {
 #pragma unroll
-      for (int block = 0; block < kWidth / kBlock; ++block) {
+      for (int block = 0; block < S::kBlocks; ++block) {
         copy(p.right + 1, right_box_along_n(block, k, columns, rank));
       }
     } else {
@@ -137,16 +146,19 @@ __device__ __forceinline__ void bring(const Problem& p, const Pipeline<kWidth>& 
   }
 }
 
+// A warp has read that stage, of which both blocks brought a part.
+template <int kWidth>
+__device__ __forceinline__ void release(const Pipeline<kWidth>& pipeline, int stage) {
+  const int lane = threadIdx.x % 32;
+  if (lane < kRanks) arrive(pipeline.empty_at(stage), lane);
+  __syncwarp();
+}
+
 // A warpgroup: adds the products of these steps, the next ones of the ring, to its sums. It passes its turn on after
 // step `pass_after`.
 template <int kWidth, bool kBfloat16, bool kAlongN>
 __device__ __forceinline__ void multiply(float (&sums)[kWidth / 2], int steps, const Pipeline<kWidth>& pipeline,
                                          int group, int pass_after, Ring<Shape<kWidth>::kStages>& ring) {
-  const int lane = threadIdx.x % 32;
-  const auto release = [&](int stage) {
-    if (lane < kRanks) arrive(pipeline.empty_at(stage), lane);
-    __syncwarp();
-  };
   int previous = 0;
   for (int step = 0; step < steps; ++step, ring.next()) {
     const uint32_t stage = pipeline.at(ring.stage);
@@ -158,12 +170,23 @@ __device__ __forceinline__ void multiply(float (&sums)[kWidth / 2], int steps, c
     }
     commit();
     wait_for_tensor_cores<1>();  // for the step before this one
-    if (step > 0) release(previous);
+    if (step > 0) release(pipeline, previous);
     previous = ring.stage;
     if (step == pass_after) pass_on();
   }
   wait_for_tensor_cores<0>();
-  if (steps > 0) release(previous);
+  if (steps > 0) release(pipeline, previous);
+}
+
+// A warpgroup without rows lets these steps pass by.
+template <int kWidth>
+__device__ __forceinline__ void pass_by(int steps, const Pipeline<kWidth>& pipeline,
+                                        Ring<Shape<kWidth>::kStages>& ring) {
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step, ring.next()) {
+    wait(pipeline.full_at(ring.stage), ring.parity);
+    release(pipeline, ring.stage);
+  }
 }
 
 // The whole kernel. Epilogue(p, arguments, place, columns, row) is made before a tile is multiplied and may load what
@@ -187,38 +210,45 @@ __device__ __forceinline__ void run(const Problem& p, const typename Epilogue::A
   sgf::wait_for_previous();
 
   const int rank = blockIdx.x % kRanks;  // the cluster is one-dimensional and starts at a multiple of kRanks
-  const int rows = ceil_div(p.M, kClusterRows), across = tiles_across(kWidth, p.scaled, p.unscaled, p.gated);
-  const int tiles = rows * across, first = blockIdx.x / kRanks, clusters = gridDim.x / kRanks;
+  const int first = blockIdx.x / kRanks, clusters = gridDim.x / kRanks;
   Ring<S::kStages> ring;
-  const int group = threadIdx.x / 128;
+  // From one lane: so that the compiler knows that a warp stays together, and shuffles need no other way.
+  const int group = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 2) {
     give_registers_back<40>();
     if (threadIdx.x % 128 == 0) {
-      for (int tile = first; tile < tiles; tile += clusters) {
-        const Place place = place_of(tile, rows, across);
+      for (int item = first; item < p.items; item += clusters) {
+        const Place place = place_of(item, p.rows, p.across, p.splits);
         const Columns columns = columns_of(kWidth, place.column, p.scaled, p.unscaled, p.gated);
-        bring<kWidth, kTwoPairs>(p, pipeline, place, columns, rank, ring);
+        bring<kWidth, kTwoPairs>(p, pipeline, place, steps_of(place.split, p.split_steps, p.steps), columns, rank,
+                                 ring);
       }
     }
     __syncwarp();
   } else {
     take_registers<232>();
-    const int along_k = kTwoPairs && p.along_n ? p.steps_first : p.steps;
-    const int lead = lead_of<kWidth>(p.steps);
-    for (int tile = first; tile < tiles; tile += clusters) {
-      const Place place = place_of(tile, rows, across);
+    const int steps_along_k = kTwoPairs && p.along_n ? p.steps_first : p.steps;
+    for (int item = first; item < p.items; item += clusters) {
+      const Place place = place_of(item, p.rows, p.across, p.splits);
+      const Steps steps = steps_of(place.split, p.split_steps, p.steps);
+      const int top = place.row * kClusterRows + rank * kTileRows, row = top + group * kGroupRows;
+      if (row >= p.M) {
+        pass_by(steps.count(), pipeline, ring);
+        continue;
+      }
       const Columns columns = columns_of(kWidth, place.column, p.scaled, p.unscaled, p.gated);
-      const int row = place.row * kClusterRows + rank * kTileRows + group * kGroupRows;
       Epilogue epilogue(p, arguments, place, columns, row + accumulator_row(threadIdx.x % 128, 0));
       float sums[S::kAccumulators];
 #pragma unroll
       for (int c = 0; c < S::kAccumulators; ++c) sums[c] = 0;
       pin(sums);
+      const int lead = top + kGroupRows < p.M ? lead_of<kWidth>(steps.count()) : -1;  // none where one is alone
       if (group == 1 && lead >= 0) wait_for_turn();
       const int pass_after = group == 0 ? lead : -1;
+      const int along_k = clamp(steps_along_k - steps.first, steps.count());
       multiply<kWidth, Element::kBfloat16, false>(sums, along_k, pipeline, group, pass_after, ring);
       if constexpr (kTwoPairs) {
-        multiply<kWidth, Element::kBfloat16, true>(sums, p.steps - along_k, pipeline, group, pass_after - along_k,
+        multiply<kWidth, Element::kBfloat16, true>(sums, steps.count() - along_k, pipeline, group, pass_after - along_k,
                                                    ring);
       }
       pin(sums);
@@ -255,17 +285,46 @@ inline int make_maps(Problem& p, int pair, const sgf_matrix& left, const sgf_mat
   return make_map(right, along_n ? kBoxStep : width / 2, dtype, p.right + pair);
 }
 
-template <class Arguments>
-int launch_prefill(void (*kernel)(Problem, Arguments), int width, int sms, uintptr_t stream, const Problem& p,
-                   const Arguments& arguments) {
-  const int64_t tiles = tiles_in(width, p.M, p.scaled, p.unscaled, p.gated);
-  const int64_t clusters = sms > kRanks ? sms / kRanks : 1;
-  if (tiles > kMaxTiles) return SGF_CUDA_BAD_ARGUMENT;
-  const int shared = width == 256   ? Shape<256>::kSharedBytes
-                     : width == 192 ? Shape<192>::kSharedBytes
-                                    : Shape<128>::kSharedBytes;
-  const dim3 grid(static_cast<unsigned>((tiles < clusters ? tiles : clusters) * kRanks));
-  return launch(kernel, {grid, kThreads, shared, kRanks}, stream, p, arguments);
+inline int check_deal(const Problem& p, Deal deal) {
+  const bool whole = is_width(deal.width) && deal.splits >= 1 && deal.splits <= p.steps &&
+                     ceil_div(p.steps, ceil_div(p.steps, deal.splits)) == deal.splits;
+  const bool counted = whole && tiles_in(deal.width, p.M, p.scaled, p.unscaled, p.gated) <= kMaxTiles / deal.splits;
+  return counted ? SGF_OK : SGF_CUDA_BAD_ARGUMENT;
+}
+
+// use(W) with the width as a constant.
+template <class Use>
+auto with_width(int width, Use use) {
+  switch (width) {
+    case 256:
+      return use(std::integral_constant<int, 256>{});
+    case 240:
+      return use(std::integral_constant<int, 240>{});
+    case 224:
+      return use(std::integral_constant<int, 224>{});
+    case 208:
+      return use(std::integral_constant<int, 208>{});
+    case 192:
+      return use(std::integral_constant<int, 192>{});
+    case 160:
+      return use(std::integral_constant<int, 160>{});
+    default:
+      return use(std::integral_constant<int, 128>{});
+  }
+}
+
+// kernel_of(W) is the kernel of that width.
+template <class KernelOf, class Arguments>
+int launch_prefill(KernelOf kernel_of, Problem& p, Deal deal, int sms, uintptr_t stream, const Arguments& arguments) {
+  p.splits = deal.splits, p.split_steps = ceil_div(p.steps, deal.splits);
+  p.rows = ceil_div(p.M, kClusterRows), p.across = tiles_across(deal.width, p.scaled, p.unscaled, p.gated);
+  p.items = p.rows * p.across * p.splits;
+  const int clusters = sms > kRanks ? sms / kRanks : 1;
+  const dim3 grid(static_cast<unsigned>((p.items < clusters ? p.items : clusters) * kRanks));
+  return with_width(deal.width, [&](auto width) {
+    const Launch how{grid, kThreads, Shape<width>::kSharedBytes, kRanks};
+    return hopper::launch(kernel_of(width), how, stream, p, arguments);
+  });
 }
 
 }  // namespace sgf::prefill

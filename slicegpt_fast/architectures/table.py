@@ -129,6 +129,8 @@ class Architecture:
         value_heads: the number of key and value heads where the config's ``num_key_value_heads`` does not say it.
         channels: what the config calls the number of channels of a feed-forward network.
         expert_channels: what it calls that of an expert, where it has another name for it.
+        cache: by which argument a decoder layer is given the cache.
+        attends: its attention is the op ``attend``, with rotary angles that the model hands each layer, or with none.
         since: the first release of transformers whose code is the one described here.
     """
 
@@ -143,6 +145,8 @@ class Architecture:
     value_heads: int | None = None
     channels: str = "intermediate_size"
     expert_channels: str | None = None
+    cache: str = "past_key_values"
+    attends: bool = True
     since: str = "5.17"
 
     def heads(self, config: PreTrainedConfig) -> Heads:
@@ -301,6 +305,7 @@ def gpt_neox(config: PreTrainedConfig) -> Architecture:
         layers="gpt_neox.layers",
         final_norm="gpt_neox.final_layer_norm",
         centered=True,
+        cache="layer_past",
     )
 
 
@@ -331,6 +336,7 @@ def falcon(config: PreTrainedConfig) -> Architecture:
         returns_tuple=True,
         channels="ffn_hidden_size",
         value_heads=1 if shared_values else config.num_kv_heads,
+        attends=False,
     )
 
 

@@ -7,7 +7,8 @@ Two JSON files of one form: ``tuned.json`` beside this one, and before it the us
         "us": {"reference": 61.2, "triton": 31.0, "cuda": 27.9},
         "tile": {"m": 16, "n": 128, "k": 64, "warps": 4, "stages": 4}}}}}
 
-An entry of another form, such as one of an older version, counts as not measured.
+An entry of another form, such as one of an older version, counts as not measured. Beside the ops of a GPU stands
+``"passed"``: the backends whose kernels all passed `slicegpt-fast tune --quick` there, each with the revision that did.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 # A call of M rows uses the measurement of the smallest of these that is at least M; more rows use the last one's.
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+PASSED = "passed"
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,23 @@ def buckets(gpu: str, op: str) -> set[str]:
 
 def record(gpu: str, op: str, shape_bucket: str, entry: Entry) -> None:
     """Add a measurement to the user's table, written beside it and renamed."""
+    _write(gpu, op, shape_bucket, {"us": entry.us, "tile": entry.tile})
+
+
+def passed(gpu: str, backend: str, revision: str) -> bool:
+    """Return whether all kernels of ``backend``, built from ``revision``, passed their checks on this machine's GPU."""
+    return any(_section(table, gpu, PASSED).get(backend) == revision for table in _tables())
+
+
+def record_passed(gpu: str, backend: str, revision: str | None) -> None:
+    """Note that the kernels of a backend passed, or with None that they did not."""
+    _write(gpu, PASSED, backend, revision)
+
+
+def _write(gpu: str, section: str, key: str, value: Any) -> None:
     path = user_table()
     table = _read(path)
-    _section(table, gpu, op)[shape_bucket] = {"us": entry.us, "tile": entry.tile}
+    _section(table, gpu, section)[key] = value
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     beside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")

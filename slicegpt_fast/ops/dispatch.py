@@ -3,7 +3,9 @@
 The backend of a call is the first of: its ``backend`` argument, the innermost ``use_backend`` block, the environment
 variable ``SLICEGPT_FAST_BACKEND``, ``"auto"``. ``auto`` takes the first of the op's rules that fits. On a CPU the
 rule names a kernel. On a GPU it names candidates: `slicegpt-fast tune` measures them and the reference shape by shape,
-the fastest runs, and what has not been measured runs on the reference. ``kernels/measured.py`` keeps the measurements.
+the fastest runs. What has not been measured runs on the reference; but on Hopper on the CUDA kernels, where the rows of
+all operands are aligned and `slicegpt-fast tune --quick` has found these kernels to be right on this machine.
+``kernels/measured.py`` keeps the measurements.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from torch.nn import Parameter
 
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.kernels import measured
+from slicegpt_fast.kernels.native import build_info
 from slicegpt_fast.kernels.regimes import Epilogue, Regime
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SLICEGPT_FAST_BACKEND"
 HALF = (torch.float16, torch.bfloat16)
 KERNELS = ("triton", "cuda")  # what a GPU chooses among, by measurement
+HOPPER = (9, 0)  # the compute capability that the CUDA kernels are made for
 
 LIBRARY = torch.library.Library("slicegpt_fast", "DEF")
 OPS: dict[str, Op] = {}
@@ -242,12 +246,19 @@ def _metadata(x: Any) -> Any:
 
 
 def _fastest(request: Request, able: list[str]) -> str:
-    """Return the backend that was measured to be the fastest of ``able``: the reference where that was not measured."""
+    """Return the backend that was measured to be the fastest of ``able``, or what runs where nothing was measured."""
     device = measured.gpu_name(request.device)
     found = measured.lookup(device, request.op, measured.bucket(request.dtype, request.shape, request.epilogue))
-    if found is None or "reference" not in found.us:
-        return "reference"
-    return min((name for name in able if name in found.us), key=found.us.__getitem__)
+    if found is not None and "reference" in found.us:
+        return min((name for name in able if name in found.us), key=found.us.__getitem__)
+    aligned = all(width % 8 == 0 for width in request.shape[1:])  # rows in steps of 16 bytes
+    return "cuda" if "cuda" in able and aligned and _is_proven("cuda", request) else "reference"
+
+
+def _is_proven(backend: str, request: Request) -> bool:
+    """Return whether the kernels of a backend are made for the request's GPU and were found to be right there."""
+    gpu = measured.gpu_name(request.device)
+    return request.capability == HOPPER and measured.passed(gpu, backend, build_info().revision)
 
 
 def require(condition: bool, message: str) -> None:
@@ -300,7 +311,17 @@ def _tuned_here(op: Op, rule: Rule) -> str:
     """Return what is measured on this machine's GPU of the calls that ``rule`` is for."""
     if not torch.cuda.is_available():
         return "reference: there is no CUDA device here"
-    keys = measured.buckets(measured.gpu_name(torch.device("cuda", torch.cuda.current_device())), op.name)
+    keys = measured.buckets(measured.gpu_name(_current()), op.name)
     rows = [most for most in measured.BUCKETS if op.regime(most) == rule.regime]
     count = sum(f" M<={most} " in key for key in keys for most in rows)
-    return f"measured at {count} shapes, reference at all others" if count else "reference until `slicegpt-fast tune`"
+    proven = measured.passed(measured.gpu_name(_current()), "cuda", build_info().revision)
+    unmeasured = "cuda where aligned, else reference," if proven else "reference"
+    return (
+        f"measured at {count} shapes, {unmeasured} at all others"
+        if count
+        else f"{unmeasured} until `slicegpt-fast tune`"
+    )
+
+
+def _current() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())

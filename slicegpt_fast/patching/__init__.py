@@ -22,10 +22,13 @@ from slicegpt_fast.patching.head import FusedHead
 from slicegpt_fast.patching.layers import FusedLayer, FusedSublayer, Requests
 from slicegpt_fast.patching.packing import DTYPES
 from slicegpt_fast.patching.report import PartReport, PatchReport
-from slicegpt_fast.patching.selfcheck import Call, compare, record
+from slicegpt_fast.patching.selfcheck import Call, compare, compare_steps, record
+from slicegpt_fast.patching.steps import DecodeSteps
 
 __all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
 
+
+NO_KERNEL = {"reference", "torch", "reference + torch", "torch + reference"}  # what torch's own path is as fast as
 
 Options = tuple[str, tuple[str, ...], tuple[str, ...]]  # backend, include, exclude
 
@@ -37,6 +40,7 @@ class Patch:
     options: Options
     parts: dict[str, FusedSublayer | FusedHead | str] = field(default_factory=dict)  # str: why it stays as it is
     layers: list[FusedLayer] = field(default_factory=list)
+    steps: DecodeSteps | None = None
     check: str = ""  # what the self-check came to
     replaced: list[tuple[nn.Module, object, object]] = field(default_factory=list)  # the forwards, new and old
 
@@ -55,10 +59,14 @@ class Patch:
         for name, part in parts.items():
             if part.refused is not None:
                 warnings.warn(f"{name} stays unfused: {part.refused}.", stacklevel=3)
+        if self.steps is not None and self.steps.runs and self.steps.unused() is None:
+            compare_steps(model, self.steps)
+            if self.steps.refused is not None:
+                warnings.warn(f"decode steps go layer by layer: {self.steps.refused}.", stacklevel=3)
 
     def apply(self) -> None:
         """Sets the fused forwards."""
-        parts = (*self.fused().values(), *self.layers)
+        parts = (*self.fused().values(), *self.layers, *([] if self.steps is None else [self.steps]))
         for module, forward in chain.from_iterable(part.forwards.items() for part in parts):
             slot = forward_slot(module)
             self.replaced.append((module, forward, module.__dict__.get(slot)))
@@ -169,7 +177,7 @@ def patch_report(model: PreTrainedModel) -> PatchReport:
     if patch is None:
         raise InputError("the model is not patched: call patch_model first.")
     rows = tuple(_row(name, part, asked_for(patch.options[0])) for name, part in patch.parts.items())
-    return PatchReport(rows, patch.check)
+    return PatchReport(rows, str(patch.steps or ""), patch.check)
 
 
 def op_requests(model: PreTrainedModel) -> Requests:
@@ -206,6 +214,8 @@ def _fuse(decoder: Decoder, options: Options) -> Patch:
             layers[site.index].sublayers[sublayer.name] = part
     patch.parts[decoder.head_path] = _fused(decoder.head_path, options, partial(FusedHead, _head(decoder)))
     patch.layers = list(layers.values())
+    if patch.layers:
+        patch.steps = DecodeSteps(decoder, patch.layers, options[0])
     return patch
 
 
@@ -236,8 +246,14 @@ def _fused(
         return str(reason)
     if part.absent():
         return "its weights are offloaded"
-    _backends(part.requests(), backend)  # raises where the backend cannot run here
+    served = set(_backends(part.requests(), backend))  # raises where the backend cannot run here
+    if asked_for(backend) == "auto" and _on_gpu(part.requests()) and served <= NO_KERNEL:
+        return "no kernel is known to be faster on this GPU: run slicegpt-fast tune"
     return part
+
+
+def _on_gpu(requests: Requests) -> bool:
+    return all(decode.device.type == "cuda" for decode, _ in requests)
 
 
 def _head(decoder: Decoder) -> Place:

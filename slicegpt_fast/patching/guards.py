@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast
@@ -37,6 +38,7 @@ GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(getattr(torch_module, f"_global
 LINEARS = (nn.Linear, Conv1D)  # what computes x W^T + b and nothing else, beside Falcon's own of the same formula
 ACTIVATION_CODE = ("torch.nn", "transformers.activations")
 OWN_CODE = ("slicegpt_fast.slicing.layers",)
+REMEMBERED = ("_owns", "_unhooked", "_hooked", "_classes", "_codes")
 OWN_HOOKS = (CutHeads, FollowProjections, PadValues)
 # Where the code stands that a fused form may replace: torch, transformers, this package.
 PACKAGES = tuple(
@@ -59,7 +61,6 @@ class Guard:
             others: modules of which the class alone matters.
         """
         places = list(places)
-        self._paths = [path for path, _, _ in places]
         self._slots = [(parent._modules, name) for _, parent, name in places]
         self._modules = [cast(nn.Module, slots[name]) for slots, name in self._slots]
         self._all = [*self._modules, *others]
@@ -68,14 +69,34 @@ class Guard:
             module.__dict__ | ({forward_slot(module): forwards[module]} if module in forwards else {})
             for module in self._modules
         ]
-        self._forwards = [each.get(slot) for slot in SLOTS for each in own]
+        self._forwards = [[each.get(slot) for each in own] for slot in SLOTS]
         self._dropouts = [module for module in self._modules if isinstance(module, nn.Dropout)]
         self._gone: str | None = None
         self._remember()
 
+    @classmethod
+    def joined(cls, guards: Iterable[Guard]) -> Guard:
+        """Return the guard of all their parts for calls without autograd, where no backward hook runs: it costs less
+        than one after the other."""
+        joined, guards = cls((), {}), list(guards)
+        joined._slots = [slot for guard in guards for slot in guard._slots]
+        joined._modules = [module for guard in guards for module in guard._modules]
+        joined._all = [module for guard in guards for module in guard._all]
+        joined._hooks = [getattr(module, hooks) for module in joined._modules for hooks in HOOKS[:2]]
+        joined._forwards = [
+            list(chain.from_iterable(each)) for each in zip(*(g._forwards for g in guards), strict=True)
+        ]
+        joined._dropouts = [module for guard in guards for module in guard._dropouts]
+        joined._gone = next((guard._gone for guard in guards if guard._gone is not None), None)
+        joined._remember()
+        return joined
+
     def _remember(self) -> None:
         """Take what a copy has anew: its modules' attributes, and classes that cannot be pickled."""
         self._owns = [module.__dict__ for module in self._modules]
+        unknown = any(foreign(hooks) for hooks in self._hooks)
+        self._unhooked = [hooks for hooks in self._hooks if unknown or not hooks]
+        self._hooked = [(hooks, list(hooks.values())) for hooks in self._hooks if hooks]
         self._classes = [type(module) for module in self._all]
         self._codes = [_code(cls) for cls in dict.fromkeys(self._classes)]
 
@@ -98,9 +119,10 @@ class Guard:
         reason = self.replaced()
         if reason is not None:
             return reason
-        if any(self._hooks) and any(foreign(hooks) for hooks in self._hooks):
+        as_before = not any(self._unhooked) and all(list(hooks.values()) == known for hooks, known in self._hooked)
+        if not as_before and any(foreign(hooks) for hooks in self._hooks):
             return "a hook on one of its modules"
-        if [own.get(slot) for slot in SLOTS for own in self._owns] != self._forwards:
+        if [[own.get(slot) for own in self._owns] for slot in SLOTS] != self._forwards:
             return "one of its modules got another forward"
         for dropout in self._dropouts:
             if dropout.training:
@@ -109,7 +131,7 @@ class Guard:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a copy takes anew; a class that was changed by then stays changed."""
-        return self.__dict__ | {"_gone": self.replaced(), "_owns": None, "_classes": None, "_codes": None}
+        return self.__dict__ | {"_gone": self.replaced(), **dict.fromkeys(REMEMBERED)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

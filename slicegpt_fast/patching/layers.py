@@ -7,7 +7,7 @@ A fused sublayer is two ops around what transformers keeps doing itself:
 
 The sums of squares of h's rows, which the norm needs, go from the op that wrote h to the next sublayer of the layer.
 They stop at the layer's end: other code may write into h there, and no tensor tells of every write. A dense model's
-norm has a weight, which only a copy of the readers could take in: it runs before the op.
+norm has a weight, which only a copy of the readers could take in, and may subtract a mean: it runs before the op.
 
 The attention module is called as ever, but with the stream in place of the normalised stream. Its query, key and value
 projections have another ``forward`` on this instance: the first runs the op on the packed weight, the others take their
@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, repeat, zip_longest
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from transformers.activations import ACT2FN
 
 from slicegpt_fast.architectures import Architecture, Branch, Sublayer, Weight, at, weights
 from slicegpt_fast.kernels.regimes import Activation, Epilogue, Residual
+from slicegpt_fast.ops.backends.cpu import STREAMED_ROWS
 from slicegpt_fast.ops.dispatch import Request
 from slicegpt_fast.ops.norm_linear import norm_linear
 from slicegpt_fast.ops.residual_linear import residual_linear
@@ -62,14 +64,25 @@ ACTIVATIONS = {
 }
 GATED_ACTIVATIONS = {type(ACT2FN[name]): "silu_gate" for name in ("silu", "swish")}
 
+PREFILL_ROWS = 512  # of the prefill that is asked about
+
 Requests = list[tuple[Request, Request | None]]  # of each op in turn: in decode and in prefill, None for torch's own
 
 
+class WholeStep(Protocol):
+    """A forward of the base model in which one native call may do several layers."""
+
+    def take(
+        self, layer: FusedLayer, hidden_states: Tensor, positional: tuple[Any, ...], named: dict[str, Any]
+    ) -> Tensor | None: ...
+
+
 class Running(threading.local):
-    """The sublayer whose attention this thread is inside of."""
+    """What this thread is inside of: the attention of a sublayer, the forward of a base model."""
 
     def __init__(self) -> None:
         self.attention: AttentionCall | None = None
+        self.step: WholeStep | None = None
 
 
 running = Running()
@@ -137,21 +150,29 @@ class FusedBranch:
         self.backend = backend
         self.forwards = {}
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The readers' bias as ``norm_linear`` takes it: without the unscaled columns."""
+        bias = self.reader.bias
+        return bias[: -self.unscaled] if bias is not None and self.unscaled else bias
+
     def read(self, h: Tensor, sumsq: Tensor | None) -> Tensor:
         """The normalised stream through the readers and the activation: [B, T, d] -> [B, T, n + r]."""
         rows, eps = h.reshape(-1, h.shape[-1]), cast(float, getattr(self.norm, self.eps_name))
         if isinstance(self.norm, WeightlessNorm):
             norm = (eps, self.norm.full_width, sumsq)
         else:
-            rows = F.rms_norm(rows, rows.shape[1:], cast(Tensor, self.norm.weight), eps)
+            weight = cast(Tensor, self.norm.weight)
+            if isinstance(self.norm, nn.LayerNorm):
+                rows = F.layer_norm(rows, rows.shape[1:], weight, self.norm.bias, eps)
+            else:
+                rows = F.rms_norm(rows, rows.shape[1:], weight, eps)
             norm = normalised(rows)
         if torch.compiler.is_compiling():
             y = norm_linear_of_parts(rows, *self.reader.parts(), *norm, self.activation, self.unscaled, self.backend)
         else:
-            weight, bias = self.reader.matrix, self.reader.bias
-            if bias is not None and self.unscaled:
-                bias = bias[: -self.unscaled]
-            y = norm_linear(rows, weight, bias, *norm, self.activation, self.unscaled, backend=self.backend)
+            weight = self.reader.matrix
+            y = norm_linear(rows, weight, self.bias, *norm, self.activation, self.unscaled, backend=self.backend)
         return y.view(*h.shape[:-1], -1)
 
     def run(self, h: Tensor, sumsq: Tensor | None, layer_arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
@@ -252,14 +273,14 @@ class FusedSublayer:
 
     def requests(self) -> Requests:
         """What the ops are asked for."""
-        found = []
+        found: Requests = []
         pairs = chain((self._second_pair(),), repeat((0, "add")))
         for branch, (k2, shortcut) in zip(self.branches, pairs, strict=False):
             reader, writer = branch.reader.weights[0].matrix, branch.writer.weights[0].matrix
             rows = branch.reader.rows()[-1].stop
             found += requests("norm_linear", reader, (rows, reader.shape[1]), branch.activation)
             found += requests("residual_linear", writer, (writer.shape[0], writer.shape[1] + k2), shortcut)
-        return found
+        return [(decode, None) for decode, _ in found] if by_torch(reader, PREFILL_ROWS) else found
 
     def _second_pair(self) -> tuple[int, Residual]:
         """The width of the second pair of matrices in ``residual_linear``, and the kind of shortcut."""
@@ -279,10 +300,13 @@ class FusedSublayer:
 
     def changed(self) -> str | None:
         """What has happened to the sublayer that its fused form would not honour, or None."""
-        reason = self.refused or self.guard.changed()
-        if reason is None and any(parameters.get("bias") is not None for parameters in self._unbiased):
-            reason = "its shortcut got a bias"
-        return reason
+        return self.refused or self.guard.changed() or self.biased()
+
+    def biased(self) -> str | None:
+        """Whether the shortcut got a bias, which the ops do not know."""
+        if any(parameters.get("bias") is not None for parameters in self._unbiased):
+            return "its shortcut got a bias"
+        return None
 
     def __call__(self, h: Tensor, sumsq: Tensor | None, layer_arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
         """h [B, T, d], its rows' sums of squares [M] or None -> h' [B, T, d'], its own, and the attention weights."""
@@ -342,13 +366,18 @@ class FusedLayer:
 
     def forward(self, hidden_states: Tensor, *positional: Any, **layer_arguments: Any) -> Any:
         layer, architecture = self.layer, self.architecture
+        if running.step is not None:
+            result = running.step.take(self, hidden_states, positional, layer_arguments)
+            if result is not None:
+                return result
         if self.refused is not None or not infers(layer, hidden_states) or self.guard.replaced() is not None:
             return type(layer).forward(layer, hidden_states, *positional, **layer_arguments)
         layer_arguments.update(zip(architecture.positional, positional, strict=False))
         attention_weights = sumsq = None
+        many = by_torch(hidden_states, hidden_states.shape[:-1].numel())
         for sublayer in architecture.sublayers:
             fused = self.sublayers.get(sublayer.name)
-            if fused is not None and fused.changed() is None and fused.weights.refresh() is None:
+            if fused is not None and not many and fused.changed() is None and fused.weights.refresh() is None:
                 hidden_states, sumsq, weights_here = fused(hidden_states, sumsq, layer_arguments)
             else:
                 hidden_states, weights_here = run_sublayer(layer, sublayer, hidden_states, **layer_arguments)
@@ -357,21 +386,38 @@ class FusedLayer:
         return (hidden_states, attention_weights) if architecture.returns_tuple else hidden_states
 
 
+def by_torch(x: Tensor, rows: int) -> bool:
+    """Whether so many rows, of the dtype and device of ``x``, go through a layer as it was: on a CPU torch multiplies
+    them either way, and what the ops save beside that is lost in its noise."""
+    return x.device.type == "cpu" and rows > STREAMED_ROWS.get(x.dtype, 0)
+
+
 def requests(op: str, weight: Tensor, widths: tuple[int, int], epilogue: Epilogue | None = None) -> Requests:
     """What a call with a weight like ``weight``, of N rows and K columns, asks of an op."""
     decode = Request(op, weight.device, weight.dtype, "decode", (1, *widths), epilogue)
-    return [(decode, replace(decode, regime="prefill", shape=(512, *widths)))]
+    return [(decode, replace(decode, regime="prefill", shape=(PREFILL_ROWS, *widths)))]
 
 
 def normalised(x: Tensor) -> tuple[float, int, Tensor]:
     """The eps, width and sums of squares [M] by which ``norm_linear`` leaves the rows of x [M, d] as they are."""
-    return 1.0, 1, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return 1.0, 1, torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)  # memory that is the graph's
+    return 1.0, 1, _zeros(x.device, -(-x.shape[0] // 64) * 64)[: x.shape[0]]
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _zeros(device: torch.device, count: int) -> Tensor:
+    """A vector that nobody writes to, for all streams."""
+    zeros = torch.zeros(count, dtype=torch.float32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return zeros
 
 
 def _eps_name(norm: nn.Module) -> str:
     """The attribute that holds a norm's epsilon."""
-    if not isinstance(norm, WeightlessNorm) and "RMSNorm" not in type(norm).__name__:
-        raise NotFusable(
-            f"its {type(norm).__name__} subtracts a mean: slice the model first, at sparsity=0 to keep all of it"
-        )
+    name = type(norm).__name__
+    if not isinstance(norm, WeightlessNorm | nn.LayerNorm) and "RMSNorm" not in name:
+        raise NotFusable(f"its {name} is neither an RMSNorm nor a LayerNorm")
     return "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"

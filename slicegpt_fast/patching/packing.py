@@ -85,8 +85,9 @@ class PackedWeights:
 
     def __init__(self, packed: Iterable[PackedWeight]) -> None:
         self._packed = list(packed)
-        self._slots = [slot for each in self._packed for slot in each.slots]
+        self.slots = [slot for each in self._packed for slot in each.slots]
         self._state: list[Any] = []
+        self.packs = 0  # how often they were packed: the matrices are others each time
 
     def refresh(self) -> str | None:
         """Pack where parameters no longer lie as they were packed; return why that cannot be, or None.
@@ -94,13 +95,14 @@ class PackedWeights:
         A compiled graph cannot see where a parameter's memory lies; it reads the parameters themselves.
         """
         compiling = torch.compiler.is_compiling()
-        if not compiling and self._state == self._where():
+        if not compiling and self._state == where(self.slots):
             return None
         reason = self.refusal()
         if reason is None and not compiling:
             for packed in self._packed:
                 packed.pack()
-            self._state = self._where()
+            self.packs += 1
+            self._state = where(self.slots)
         return reason
 
     def refusal(self) -> str | None:
@@ -109,13 +111,13 @@ class PackedWeights:
 
     def absent(self) -> bool:
         """True where a weight is not here, but on the device "meta"."""
-        found = [parameters.get(name) for parameters, name in self._slots]
+        found = [parameters.get(name) for parameters, name in self.slots]
         return any(parameter is not None and parameter.device.type == "meta" for parameter in found)
 
     def unpack(self) -> None:
         """Give every parameter memory of its own again, laid out as it was before."""
         with torch.inference_mode(False):
-            for parameters, name in self._slots:
+            for parameters, name in self.slots:
                 parameter = parameters.get(name)
                 if type(parameter) is Parameter and not (parameter.is_shared() and parameter.device.type == "cpu"):
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
@@ -124,12 +126,13 @@ class PackedWeights:
         """Of a copy, which is packed at its first use."""
         return self.__dict__ | {"_state": []}
 
-    def _where(self) -> list[Any]:
-        """Where each parameter lies, and what tells other views of the same memory from it."""
-        return [
-            (p.data_ptr(), len(p), p.is_contiguous()) if type(p := parameters.get(name)) is Parameter else type(p)
-            for parameters, name in self._slots
-        ]
+
+def where(slots: list[Slot]) -> list[Any]:
+    """Return where each parameter lies, and what tells other views of the same memory from it."""
+    return [
+        (p.data_ptr(), p.size(0), p.is_contiguous()) if type(p := parameters.get(name)) is Parameter else type(p)
+        for parameters, name in slots
+    ]
 
 
 def joined(parts: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:

@@ -25,6 +25,7 @@ class PatchReport:
     """One row per sublayer and one for the language head; prints as a table."""
 
     rows: tuple[PartReport, ...]
+    steps: str  # which layers take whole decode steps in one native call, or why none do
     check: str  # how the parts were held against the code that they replace
 
     @property
@@ -38,4 +39,4 @@ class PatchReport:
             table.add_row(row.layer, row.ops, row.decode, row.prefill, row.reason or "")
         text = StringIO()
         Console(file=text, width=160).print(table)
-        return f"{text.getvalue()}{self.fused} of {len(self.rows)} fused; {self.check}"
+        return f"{text.getvalue()}{self.fused} of {len(self.rows)} fused; {self.check}\n{self.steps}"

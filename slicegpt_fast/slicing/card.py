@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import architecture_of, at
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
+from slicegpt_fast.slicing.plan import SlicePlan
 from slicegpt_fast.slicing.summary import kept_directions, kept_sizes, shortcuts
 from slicegpt_fast.slicing.trust import stock_model
 
 FILE = "README.md"
 SEAL = "<!-- written by slicegpt-fast, sha256 "  # and the digest of all above it: an edited file is the user's
+TEMPLATE = "This model card has been automatically generated."  # by transformers, which says nothing in it
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
@@ -26,7 +28,9 @@ class Figure(NamedTuple):
     sliced: str
 
 
-def write_card(folder: str | Path, model: PreTrainedModel, figures: Sequence[Figure] = ()) -> None:
+def write_card(
+    folder: str | Path, model: PreTrainedModel, figures: Sequence[Figure] = (), *, text: str | None = None
+) -> None:
     """Write README.md for the sliced ``model`` into ``folder``, unless one stands there that somebody else wrote.
 
     Args:
@@ -34,14 +38,23 @@ def write_card(folder: str | Path, model: PreTrainedModel, figures: Sequence[Fig
         model: sliced; its weights may be on the meta device.
         figures: what was measured; those called "stored parameters", "in decoder blocks" or "bytes" replace what is
             counted here.
+        text: what the model was calibrated on, in a few words.
     """
     slice_config = slice_config_of(model)
     file = Path(folder) / FILE
     if slice_config is None or (file.exists() and not _is_ours(file.read_bytes())):
         return
     rows = {figure.label.strip(): figure for figure in (*_sizes(model), *figures)}
-    text = _front_matter(model) + _body(model, slice_config, list(rows.values()))
-    file.write_text(f"{text}{SEAL}{_digest(text.encode())} -->\n", "utf-8")
+    card = _front_matter(model) + _body(model, slice_config, list(rows.values()), text)
+    file.write_text(f"{card}{SEAL}{_digest(card.encode())} -->\n", "utf-8")
+
+
+def replace_template(folder: str | Path, model: PreTrainedModel) -> None:
+    """Write the card of ``model`` over one that transformers made from its template."""
+    file = Path(folder) / FILE
+    if file.exists() and TEMPLATE in file.read_text("utf-8"):
+        file.unlink()
+        write_card(folder, model)
 
 
 def base_of(model: Any) -> str | None:
@@ -65,7 +78,7 @@ def _front_matter(model: PreTrainedModel) -> str:
     return "\n".join(["---", *([f"base_model: {base}"] if base else []), *lines, "---", "", ""])
 
 
-def _body(model: PreTrainedModel, slice_config: SliceConfig, figures: Sequence[Figure]) -> str:
+def _body(model: PreTrainedModel, slice_config: SliceConfig, figures: Sequence[Figure], text: str | None) -> str:
     table = [f"| {label.strip()} | {dense} | {sliced} |" for label, dense, sliced in figures]
     return "\n".join(
         [
@@ -81,25 +94,43 @@ def _body(model: PreTrainedModel, slice_config: SliceConfig, figures: Sequence[F
             'model = AutoModelForCausalLM.from_pretrained("path of this folder")',
             "```",
             "",
-            *_plan(model, slice_config),
+            *_plan(model, slice_config, text),
             "",
             "| | dense | sliced |",
             "|---|---:|---:|",
             *table,
+            *_elsewhere(model, slice_config.plan()),
             "",
             "",
         ]
     )
 
 
-def _plan(model: PreTrainedModel, slice_config: SliceConfig) -> list[str]:
+def _plan(model: PreTrainedModel, slice_config: SliceConfig, text: str | None) -> list[str]:
     """What was kept, and by what."""
-    plan, tokens = slice_config.plan(), slice_config.calibration_tokens
+    plan = slice_config.plan()
+    tokens = f"{slice_config.calibration_tokens} tokens" + (f" of {text}" if text else "")
     if plan.cuts_layers:
-        return [f"* Kept: {kept_sizes(_dense(model), plan)}.", f"* Calibrated on {tokens} tokens."]
+        return [f"* Kept: {kept_sizes(_dense(model), plan)}.", f"* Calibrated on {tokens}."]
     return [
-        f"* Basis: {plan.basis}, fitted to the {plan.signal} signal of {tokens} tokens.",
+        f"* Basis: {plan.basis}, fitted to the {plan.signal} signal of {tokens}.",
         f"* Directions kept: {kept_directions(plan)}, {plan.widths[-1]} at the head; {shortcuts(plan)}.",
+    ]
+
+
+def _elsewhere(model: PreTrainedModel, plan: SlicePlan) -> list[str]:
+    """What makes of the folder a checkpoint that other engines load; nothing where that is refused."""
+    one_width = len(set(plan.groups)) == 1 and len(set(plan.widths)) == 1
+    stock = one_width and (plan.basis is None or not architecture_of(model.config).centered)
+    if not stock or len(set(plan.channels)) > 1 or plan.values:
+        return []
+    return [
+        "",
+        "## Other engines",
+        "",
+        "```sh",
+        "slicegpt-fast export PATH --out plain  # then: vllm serve plain; llama.cpp's converter reads it too",
+        "```",
     ]
 
 

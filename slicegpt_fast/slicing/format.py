@@ -139,7 +139,7 @@ def check_weights(model: PreTrainedModel, files: list[str]) -> None:
             raise InputError(f"{file} is damaged ({error}): copy or write the checkpoint again.") from error
     tied = model.all_tied_weights_keys or {}
     expected = {name: tuple(each.shape) for name, each in model.state_dict().items() if name not in tied}
-    for name in stored.keys() & expected.keys():
+    for name in sorted(stored.keys() & expected.keys()):
         if stored[name] != expected[name]:
             raise InputError(
                 f"the checkpoint's {name} has shape {stored[name]}, its config asks for {expected[name]}: the files do "

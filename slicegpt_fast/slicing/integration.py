@@ -1,10 +1,11 @@
-"""What a sliced model needs of transformers and transformers has no registry for: two methods are wrapped on import.
+"""What a sliced model needs of transformers and transformers has no registry for: three methods are wrapped on import.
 
 * ``PreTrainedModel.__init__`` refuses the config of a sliced model, for its dense skeleton would carry a plan that it
   does not follow. ``from_pretrained``, which narrows the skeleton, passes.
 * ``PreTrainedModel.save_pretrained`` adds three things where the model is sliced: a model card; an empty tensor under
   the name of the final norm's weight, whose shape stops every loader that does not know the plan; and the folder as
   the model's name, which adapters record as their base.
+* What ``push_to_hub`` uploads has the model card in place of the template that transformers has written over it.
 """
 
 import functools
@@ -19,12 +20,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.slicing.card import base_of, write_card
+from slicegpt_fast.slicing.card import base_of, replace_template, write_card
 from slicegpt_fast.slicing.format import SliceConfig, guard_name, slice_config_of
 
 UNSAVED = "(sliced and not saved: call save_pretrained before adapting it)"
 
 _init, _save_pretrained = PreTrainedModel.__init__, PreTrainedModel.save_pretrained
+_upload = PreTrainedModel._upload_modified_files
 _saving = inspect.signature(_save_pretrained)
 
 
@@ -86,5 +88,13 @@ def _save_pretrained_sliced(self: PreTrainedModel, *args: Any, **kwargs: Any) ->
     return result
 
 
+@functools.wraps(_upload)
+def _upload_with_card(self: PreTrainedModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+    if slice_config_of(self) is not None:
+        replace_template(working_dir, self)
+    return _upload(self, working_dir, *args, **kwargs)
+
+
 PreTrainedModel.__init__ = _init_unless_sliced  # type: ignore[method-assign]
 PreTrainedModel.save_pretrained = _save_pretrained_sliced  # type: ignore[method-assign]
+PreTrainedModel._upload_modified_files = _upload_with_card  # type: ignore[method-assign, assignment]

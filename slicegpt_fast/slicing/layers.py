@@ -71,6 +71,7 @@ class MappedEmbedding(nn.Embedding):
     def __init__(self, table: nn.Embedding, width: int, **factory: Any) -> None:
         super().__init__(table.num_embeddings, table.embedding_dim, table.padding_idx, _weight=table.weight)
         self.weight = table.weight
+        self.embedding_dim = width  # of what it returns, which adapters add to
         self.map = nn.Linear(table.embedding_dim, width, bias=False, **factory)
 
     def forward(self, ids: Tensor) -> Tensor:  # [...] -> [..., d]

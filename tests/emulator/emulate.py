@@ -1,5 +1,6 @@
 """The CUDA kernels on the CPU, in the emulator: emulator.h says what that is."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -43,7 +44,7 @@ def emulating(arch: str) -> Iterator[None]:
         patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
         patch.setattr(cuda, "build_info", lambda: SimpleNamespace(cuda_compiler="emulator", cuda_archs=(arch,)))
         patch.setattr(Request, "capability", property(lambda request: (int(arch[0]), int(arch[1]))))
-        for op in OPS.values():
+        for op in (op for op in OPS.values() if "cuda" in op.backends):
             run, refuses = op.backends["cuda"].run, op.backends["cuda"].refuses
             on_host = Backend(run, lambda request, refuses=refuses: refuses(replace(request, device=gpu)))
             patch.setitem(op.backends, "cuda", on_host)
@@ -57,7 +58,9 @@ def emulated(arch: str) -> ModuleType:
     """The launchers of csrc/cuda, bound as in slicegpt_fast._C, of kernels compiled for ``arch``."""
     folder = ROOT / "build" / f"emulator-{arch}-{sys.implementation.cache_tag}{'-asan' * bool(SANITIZE)}"
     folder.mkdir(parents=True, exist_ok=True)
-    defines = [f"-D__CUDA_ARCH__={arch[:2]}0", "-DSGF_CUDA", *NO_COMPILER] + ["-DSGF_SM90A"] * (arch == "90a")
+    name = f"emulated_{arch}"
+    defines = [f"-D__CUDA_ARCH__={arch[:2]}0", "-DSGF_CUDA", f"-DEMULATED={name}", *NO_COMPILER]
+    defines += ["-DSGF_SM90A"] * (arch == "90a")
     kernels = [file for file in CSRC.glob("cuda/*.cu") if "_sm" not in file.name or file.stem.endswith(arch)]
     sources = [*kernels, CSRC / "cuda/bindings.cpp", CSRC / "status.cpp", *HERE.glob("*.cpp")]
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
@@ -70,11 +73,13 @@ def emulated(arch: str) -> ModuleType:
             subprocess.run([CXX, *FLAGS, *defines, *includes, "-x", "c++", "-c", source, "-o", target], check=True)
         return target
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with open(folder / "lock", "w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of pytest want the same
         objects = list(pool.map(compile_one, sources))
-    library = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run([CXX, "-shared", *SANITIZE, *objects, "-lpthread", "-o", library], check=True)
-    spec = importlib.util.spec_from_file_location("emulated", library)
+        if not library.exists() or library.stat().st_mtime < max(file.stat().st_mtime for file in objects):
+            subprocess.run([CXX, "-shared", *SANITIZE, *objects, "-lpthread", "-o", library], check=True)
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)

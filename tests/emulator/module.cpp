@@ -1,9 +1,10 @@
-// The emulated kernels as a Python module, and the part of the CUDA driver that they ask for.
+// The emulated kernels as a Python module, and the part of the CUDA driver that they ask for. Every architecture's
+// module has a name of its own, EMULATED: of two with one name Python would hand out the first one twice.
 #include <cuda.h>
 
 #include "bindings.h"
 
-PYBIND11_MODULE(emulated, m) { sgf::bind_cuda(m); }
+PYBIND11_MODULE(EMULATED, m) { sgf::bind_cuda(m); }
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* base,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,

@@ -21,7 +21,7 @@ void descriptors() {
 }
 
 void accumulators() {
-  for (int columns : {128, 192, 256}) {
+  for (int columns : {128, 160, 192, 208, 224, 240, 256}) {
     Cells tile("each cell of a warpgroup's tile has one accumulator", 64 * columns);
     for (int thread = 0; thread < 128; ++thread) {
       for (int c = 0; c < columns / 2; ++c) {

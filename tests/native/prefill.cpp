@@ -7,17 +7,29 @@ using namespace sgf::prefill;
 
 namespace {
 
-void places(int rows, int across) {
-  Cells tiles("each tile has one place", rows * across);
+void places(int rows, int across, int splits) {
+  Cells items("each split of a tile has one place", rows * across * splits);
   int previous = 0;
-  for (int tile = 0; tile < rows * across; ++tile) {
-    const Place place = place_of(tile, rows, across);
-    expect(place.row < rows && place.column < across, "a place is in the matrix", tile, rows);
-    expect(place.row / kBand >= previous, "one band comes after the other", tile, rows);
+  for (int item = 0; item < rows * across * splits; ++item) {
+    const Place place = place_of(item, rows, across, splits);
+    expect(place.row < rows && place.column < across, "a place is in the matrix", item, rows);
+    expect(place.split == item % splits, "the splits of a tile follow one another", item, splits);
+    expect(place.row / kBand >= previous, "one band comes after the other", item, rows);
     previous = place.row / kBand;
-    tiles.take(place.row * across + place.column);
+    items.take((place.row * across + place.column) * splits + place.split);
   }
-  tiles.expect_all();
+  items.expect_all();
+}
+
+void steps(int total, int splits) {
+  Cells taken("each step is in one split", total);
+  const int each = sgf::ceil_div(total, splits);
+  for (int split = 0; split < splits; ++split) {
+    const Steps steps = steps_of(split, each, total);
+    for (int step = steps.first; step < steps.last; ++step) taken.take(step);
+    expect(steps.count() == steps.last - steps.first, "the number of steps", steps.count());
+  }
+  taken.expect_all();
 }
 
 // The runs of all tiles, as the epilogues load and store them.
@@ -28,11 +40,14 @@ void runs(int width, int scaled, int unscaled, bool gated) {
   for (int tile = 0; tile < tiles_across(width, scaled, unscaled, gated); ++tile) {
     const Columns columns = columns_of(width, tile, scaled, unscaled, gated);
     const bool paired = gated && columns.scaled;
-    for (int chunk = 0; chunk < width / kChunk; ++chunk) {
+    for (int chunk = 0; chunk < sgf::ceil_div(width, kChunk); ++chunk) {
       for (int member = 0; member < 4; ++member) {
+        const int at = chunk * kChunk + member * kRun, half = width / 2;
         const Run run = run_of(width, columns, chunk, member);
-        const bool up = paired && chunk >= width / kChunk / 2;
-        const Run gate = run_of(width, columns, up ? chunk - width / kChunk / 2 : chunk, member);
+        const bool up = paired && at >= half;
+        const int beside = up ? at - half : at;
+        const Run gate = run_of(width, columns, beside / kChunk, beside % kChunk / kRun);
+        expect(has_block(width, chunk, member) || run.count == 0, "beyond the tile there is nothing", at, run.count);
         for (int e = 0; e < run.count; ++e) {
           const int row = run.row + e, column = run.column + e;
           rows.take(row);
@@ -52,10 +67,10 @@ void runs(int width, int scaled, int unscaled, bool gated) {
 }
 
 // What one step leaves in a block's shared memory, of rows of 128 bytes.
-void boxes(int width, int stage_bytes, const Columns& columns, bool along_n) {
+void boxes(int width, int brought, const Columns& columns, bool along_n) {
   constexpr int k = 640, row = 3;
   for (int to = 0; to < kRanks; ++to) {
-    Cells lines("each 128 bytes of a stage are brought once", stage_bytes / kRowBytes);
+    Cells lines("each 128 bytes of a step are brought once", brought / kRowBytes);
     const auto land = [&](const Box& box, int rank, int height) {
       expect(box.to % sgf::hopper::kEightRows == 0, "a box starts where the swizzle does", box.to);
       for (int y = 0; y < height && (box.both || to == rank); ++y) lines.take(box.to / kRowBytes + y);
@@ -72,7 +87,7 @@ void boxes(int width, int stage_bytes, const Columns& columns, bool along_n) {
         land(right, rank, width / 2);
         continue;
       }
-      for (int block = 0; block < width / kBlock; ++block) {
+      for (int block = 0; block < sgf::ceil_div(width, kBlock); ++block) {
         const Box right = right_box_along_n(block, k, columns, rank);
         const int at = right.to - kLeftBytes;
         expect(right.x == columns.column + at / kBlockBytes * kBlock, "columns lie in their block", right.x, right.to);
@@ -110,8 +125,8 @@ void operands(uint32_t stage, int width) {
 
 void accumulators(int width) {
   Cells sums("each accumulator is in one pair", width / 2);
-  for (int chunk = 0; chunk < width / kChunk; ++chunk) {
-    for (int block = 0; block < 4; ++block) {
+  for (int chunk = 0; chunk < sgf::ceil_div(width, kChunk); ++chunk) {
+    for (int block = 0; block < 4 && has_block(width, chunk, block); ++block) {
       for (int below = 0; below < 2; ++below) {
         for (int e = 0; e < 2; ++e) {
           const int c = accumulator_of(chunk, block, below) + e;
@@ -149,14 +164,16 @@ void shapes() {
   static_assert(S::kStages >= 4 && S::kLead >= 1 && S::kLead < S::kStages - 1, "room for a lead and for copies");
   static_assert(S::kSharedBytes + 2 * S::kStages * 8 <= kSharedLimit, "shared memory of a block");
   static_assert(S::kStageBytes % 1024 == 0 && kLeftBytes % 1024 == 0 && S::kHalf * kRowBytes % 1024 == 0, "alignment");
-  static_assert(S::kHalf % kChunk == 0, "no chunk has columns of both halves");
+  static_assert(S::kHalf % kRun == 0, "no run has columns of both halves");
+  static_assert(S::kBroughtAlongK <= S::kStageBytes, "a step has room in a stage");
   for (bool gated : {false, true}) {
     for (int scaled : {0, 2, kWidth - 6, kWidth, 2 * kWidth + 100}) {
       for (int unscaled : {0, 1, 40, kWidth + 9}) runs(kWidth, scaled, unscaled, gated);
     }
   }
-  for (bool along_n : {false, true}) boxes(kWidth, S::kStageBytes, columns_of(kWidth, 2, 1000, 0, false), along_n);
-  boxes(kWidth, S::kStageBytes, columns_of(kWidth, 2, 1000, 0, true), false);
+  boxes(kWidth, S::kBroughtAlongK, columns_of(kWidth, 2, 1000, 0, false), false);
+  boxes(kWidth, S::kStageBytes, columns_of(kWidth, 2, 1000, 0, false), true);
+  boxes(kWidth, S::kBroughtAlongK, columns_of(kWidth, 2, 1000, 0, true), false);
   operands(3 * S::kStageBytes, kWidth);
   accumulators(kWidth);
 
@@ -173,37 +190,79 @@ void shapes() {
 
 void sizes() {
   for (int rows : {1, 2, 7, 8, 9, 16, 21}) {
-    for (int across : {1, 3, 12}) places(rows, across);
+    for (int across : {1, 3, 12}) {
+      for (int splits : {1, 3, 8}) places(rows, across, splits);
+    }
+  }
+  for (int total : {8, 9, 64, 113}) {
+    for (int splits : {1, 2, 8}) steps(total, splits);
   }
   const int most = static_cast<int>(kMaxTiles);
-  const Place last = place_of(most - 1, 1, most), lowest = place_of(most - 1, most, 1);
+  const Place last = place_of(most - 1, 1, most, 1), lowest = place_of(most - 1, most, 1, 1);
   expect(last.row == 0 && last.column == most - 1, "the last of the most tiles across", last.row, last.column);
   expect(lowest.row == most - 1 && lowest.column == 0, "the last of the most tiles below", lowest.row, lowest.column);
+  expect(steps_in(1) == 1 && steps_in(64) == 1 && steps_in(65) == 2, "steps", steps_in(65));
+  expect(steps_in(kMaxSize) == kMaxSize / kStep, "the most steps", steps_in(kMaxSize));
+}
 
-  for (int M : {1, 17, 128, 1000, 4096, kMaxSize}) {
+// How much of the tensor cores' time the model expects a deal to use on 132 SMs, and how much of the tiles it computes
+// is of use. K is that of a sliced Llama-2-7B's attention output with a dense shortcut.
+double useful(Deal deal, int M, int n) {
+  const int64_t waves = sgf::ceil_div(deal.splits * tiles_in(deal.width, M, n, 0, false), 66);
+  return static_cast<double>(M) * n * deal.splits / (waves * 66 * kClusterRows * deal.width);
+}
+
+void deals() {
+  for (int M : {1, 17, 64, 65, 128, 512, 513, 1000, 4096, kMaxSize}) {
     for (int n : {1, 193, 2872, 12288, kMaxSize}) {
       for (int sms : {1, 3, 132}) {
-        const int width = choose_width(M, n, 0, false, 64, sms);
-        expect(width == 256 || width == 192 || width == 128, "a width there is", width, n);
-        expect(tiles_across(width, n, 0, false) <= squares_cells(M, n) / M, "each tile's squares have room", M, n);
+        for (int steps : {1, 7, 112}) {
+          const Deal deal = choose_deal(M, n, 0, false, steps, sms, true);
+          expect(is_width(deal.width), "a width there is", deal.width, n);
+          expect(deal.splits >= 1 && deal.splits <= steps, "no split is without a step", deal.splits, steps);
+          expect(sgf::ceil_div(steps, sgf::ceil_div(steps, deal.splits)) == deal.splits, "splits are even", steps);
+          expect(deal.splits == 1 || M <= kSplitRows, "many rows are not split", M, deal.splits);
+          expect(choose_deal(M, n, 0, false, steps, sms, false).splits == 1, "nothing is split", M, n);
+        }
       }
     }
   }
-  expect(steps_in(1) == 1 && steps_in(64) == 1 && steps_in(65) == 2, "steps", steps_in(65));
-  expect(steps_in(kMaxSize) == kMaxSize / kStep, "the most steps", steps_in(kMaxSize));
-  // 2872 columns: 256 leaves a third of the second wave idle at M = 2048.
-  expect(choose_width(2048, 2872, 0, false, 64, 132) == 192, "width for 2048 x 2872", 192);
-  expect(choose_width(4096, 12288, 0, false, 48, 132) == 256, "width for 4096 x 12288", 256);
-  expect(choose_width(128, 2872, 0, false, 64, 132) == 128, "width for 128 x 2872", 128);
+  for (int d : {2872, 3072, 3328}) {
+    const int steps = steps_in(4096) + steps_in(d);
+    expect(useful(choose_deal(4096, d, 0, false, steps, 132, true), 4096, d) >= 0.95, "tiles of use at 4096 rows", d);
+    expect(useful(choose_deal(2048, d, 0, false, steps, 132, true), 2048, d) >= 0.9, "tiles of use at 2048 rows", d);
+    for (int n : {12288, 22016}) {
+      const Deal deal = choose_deal(4096, n, 0, n == 22016, steps_in(d), 132, false);
+      expect(useful(deal, 4096, n) >= 0.95, "tiles of use before the stream", d, n);
+    }
+    // A few rows keep most of the GPU busy, and take little longer than the weight from memory.
+    for (int M : {17, 64, 128, 256, 512}) {
+      const Deal deal = choose_deal(M, d, 0, false, steps, 132, true);
+      const int64_t across = tiles_across(deal.width, d, 0, false);
+      const int64_t items = deal.splits * tiles_in(deal.width, M, d, 0, false);
+      const double floor = 128.0 * steps * d / (kMemoryBytes * 132);
+      expect(deal.splits > 1 && items >= 33, "few rows are split", M, items);
+      if (M <= 64) expect(clocks_of(deal, M, across, steps, 132) < 1.25 * floor, "up to 64 rows wait for memory", M, d);
+    }
+  }
+  const Deal narrow = choose_deal(4096, 3328, 0, false, 116, 132, true);
+  expect(narrow.width == 208, "16 tiles of 208 are 3328 columns", narrow.width);
+  expect(cells_of({256, 1}, 100, 257) == 2 * 100, "a sum of squares per row and tile", 0);
+  expect(cells_of({256, 3}, 100, 257) == 3 * 100 * 512, "the sums of three splits", 0);
 }
 
 }  // namespace
 
 int main() {
   shapes<256>();
+  shapes<240>();
+  shapes<224>();
+  shapes<208>();
   shapes<192>();
+  shapes<160>();
   shapes<128>();
   transposition();
   sizes();
+  deals();
   return 0;
 }

@@ -45,7 +45,7 @@ void largest(int width, Integer most) {
 
 template <class Integer>
 void all(Integer most) {
-  for (int width : {64, 128, 192, 256}) {
+  for (int width : {64, 128, 160, 192, 208, 224, 240, 256}) {
     for (bool gated : {false, true}) {
       for (Integer scaled : {0, 2, 34, 64, 66, 130, 200, width - 6, width, 2 * width + 100}) {
         for (Integer unscaled : {0, 1, 40, 64, 70, width + 9})

@@ -10,15 +10,31 @@ from itertools import product
 from typing import Any
 
 import torch
-from compile_ahead import GPUS, Compiled, compile_calls
+from compile_ahead import GPUS, Compiled, compile_calls, dump, serialised_by, waits_for_each_wgmma
 
-from slicegpt_fast.triton_kernels import covariance, norm_linear, residual_linear, tiles
+from slicegpt_fast.triton_kernels import attend, covariance, norm_linear, residual_linear, tiles
 from slicegpt_fast.triton_kernels.launch import Gpu
 
 # The compiler may trade a few bytes of an fp32 kernel's registers for a full step of occupancy.
 SPILLED_BYTES = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 32}
 
 Case = tuple[str, Callable[[], Any], str]  # name, call, kernel whose MMAs are checked
+# Three extras that a call has or has not: each pair of them in all four ways.
+EXTRAS = ((False, False, False), (False, True, True), (True, False, True), (True, True, False))
+
+
+def attend_cases(gpu: Gpu, dtype: torch.dtype, everything: bool) -> Iterator[Case]:
+    sizes, tokens = ((64, 80, 128, 250, 256), (1, 16)) if everything else ((128,), (1, 16))
+    # Whether there are norms, angles, a mask.
+    extras = EXTRAS if everything else ((False, True, False), (True, True, True))
+    for (D, T), (norms, angles, mask) in product(product(sizes, tokens), extras):
+        q, new, kept = (torch.empty(shape, dtype=dtype) for shape in ((1, T, 32, D), (1, T, 8, D), (1, 8, 4096, D)))
+        cosine = torch.empty(1, T, D, dtype=dtype) if angles else None
+        weight = torch.empty(D, dtype=dtype) if norms else None
+        allowed = torch.ones(1, T, 4096, dtype=torch.bool) if mask else None
+        rest = (kept, kept, torch.zeros((), dtype=torch.int64), 0.1, allowed, weight, weight, 1e-5)
+        name = f"attend T={T} D={D} norms={norms} angles={angles} mask={mask}"
+        yield name, partial(attend.attend, q, new, new, cosine, cosine, *rest), ""
 
 
 def covariance_cases(gpu: Gpu, dtype: torch.dtype, everything: bool) -> Iterator[Case]:
@@ -34,7 +50,7 @@ def covariance_cases(gpu: Gpu, dtype: torch.dtype, everything: bool) -> Iterator
 def norm_linear_cases(gpu: Gpu, dtype: torch.dtype, everything: bool) -> Iterator[Case]:
     activations = (None, "relu", "gelu", "gelu_tanh", "silu_gate") if everything else ("silu_gate",)
     # Whether there are a bias, a statistic, unscaled columns.
-    extras = tuple(product((False, True), repeat=3)) if everything else ((False, True, False), (True, False, True))
+    extras = EXTRAS if everything else ((False, True, False), (True, False, True))
     for M, d, activation in product(*shapes(everything), activations):
         kernel = "norm_linear_decode" if M <= 16 else "norm_linear_prefill"
         h = torch.empty(M, d, dtype=dtype)
@@ -67,7 +83,7 @@ def shapes(everything: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return ((1, 16, 4096), (2872, 3072, 2871)) if everything else ((16, 4096), (2872,))
 
 
-CASES = (covariance_cases, norm_linear_cases, residual_linear_cases)
+CASES = (attend_cases, covariance_cases, norm_linear_cases, residual_linear_cases)
 
 
 def problems(gpu: Gpu, dtype: torch.dtype, mma_kernel: str, kernel: Compiled) -> Iterator[str]:
@@ -83,20 +99,25 @@ def problems(gpu: Gpu, dtype: torch.dtype, mma_kernel: str, kernel: Compiled) ->
         mma = {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma"}[gpu.capability[0]]
         if mma not in kernel.ptx:
             yield f"no {mma}"
+    if "wgmma.mma_async" in kernel.ptx:
+        yield from serialised_by(kernel.ptx)
+        if waits_for_each_wgmma(dump(kernel.cubin, "-sass")):
+            yield "the machine code waits for every single wgmma"
 
 
 def main(target: str, how_much: str, *dtypes: str) -> int:
     gpu = GPUS[target]
-    count = failures = 0
+    checked: set[Compiled] = set()
+    failures = 0
     for dtype, cases in product([getattr(torch, dtype) for dtype in dtypes], CASES):
         for name, call, mma_kernel in cases(gpu, dtype, how_much == "all"):
-            for kernel in compile_calls(gpu, call):
-                count += 1
+            for kernel in set(compile_calls(gpu, call)) - checked:
+                checked.add(kernel)
                 for problem in problems(gpu, dtype, mma_kernel, kernel):
                     failures += 1
                     print(f"{target} {dtype} {name}: {kernel.name}: {problem}", flush=True)
-    print(f"{target}: {count} kernels compiled, {failures} problems")
-    return int(failures > 0 or count == 0)
+    print(f"{target}: {len(checked)} kernels compiled, {failures} problems")
+    return int(failures > 0 or not checked)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_its_fake_stands_for_it(op):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is tuned here is the CPU")
 def test_it_is_tuned_and_listed(op, cache, monkeypatch):
-    monkeypatch.setattr(tuning, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tuning, "current_gpu", lambda: torch.device("cpu"))
     monkeypatch.setattr(tuning, "microseconds", lambda call: float(len(ran)))
     (shape,) = (shape for shape in tuning.stream_shapes(3, 5) if shape.op == "row_product")
     assert shape == Shape("row_product", 5, 3, 3)

@@ -27,6 +27,21 @@ def test_representative_kernels(target):
     compile_for(target, "some", "bfloat16", *FP32[target])
 
 
+SERIALISED = """
+    /*0100*/  HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24 ;
+    /*0110*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+    /*0120*/  HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+    /*0130*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+"""
+
+
+def test_serialised_machine_code_is_recognised():
+    waits = pytest.importorskip("compile_ahead").waits_for_each_wgmma
+    assert waits(SERIALISED)
+    assert not waits(SERIALISED.replace("WARPGROUP.DEPBAR.LE gsb0, 0x0", "NOP", 1))
+    assert not waits("/*0100*/  HMMA.16816.F32.BF16 R4, R8, R12, R4 ;")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(

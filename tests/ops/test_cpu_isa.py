@@ -11,7 +11,7 @@ import pytest
 from slicegpt_fast import _C
 
 TESTS = Path(__file__).parent
-FILES = [TESTS / f"test_{op}.py" for op in ("covariance", "norm_linear", "residual_linear")]
+FILES = [TESTS / f"test_{op}.py" for op in ("attend", "covariance", "norm_linear", "residual_linear")]
 BELOW = _C.cpu_isa_names()[: _C.cpu_isa_names().index(_C.cpu_isa())]
 
 

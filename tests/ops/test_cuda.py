@@ -54,6 +54,7 @@ def test_codes_are_those_of_the_header():
         ("norm_linear", "decode", "cuda", (8, 0), torch.float16, ("nvcc", ("80",)), None),
         ("residual_linear", "decode", "cuda", (9, 0), torch.bfloat16, ("nvcc", ("80", "90a")), None),
         ("covariance_", "tall", "cuda", (9, 0), torch.bfloat16, ("nvcc", ("80", "90a")), None),
+        ("attend", "decode", "cuda", (8, 0), torch.float16, ("nvcc", ("80",)), None),
         ("norm_linear", "decode", "cuda", (9, 0), torch.float16, (None, ()), "built without CUDA"),
         ("norm_linear", "decode", "cpu", (0, 0), torch.float16, ("nvcc", ("80",)), "not on cpu"),
         ("norm_linear", "decode", "cuda", (7, 5), torch.float16, ("nvcc", ("80",)), "capability 8.0"),
@@ -90,8 +91,10 @@ def on_host(monkeypatch):
 
 
 def refuses_host_memory():
-    """Without a driver the CUDA runtime says so; with one, host memory is not on its device."""
-    return pytest.raises((RuntimeError, ValueError), match=r"CUDA driver|CUDA-capable|current CUDA device")
+    """Without a driver the CUDA runtime says so; with one, a kernel would run on what is not on its device."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    return pytest.raises(RuntimeError, match=r"CUDA driver|CUDA-capable")
 
 
 ROWS = [pytest.param(9, marks=with_cuda), pytest.param(40, marks=with_hopper)]  # decode and prefill
@@ -113,6 +116,14 @@ def test_residual_linear_reaches_the_device_check(shortcut, M, on_host):
     rest = {"absent": (h, None, None), "dense": (None, h, S), "transposed": (None, h, S.T), "low rank": (h, h, S)}
     with refuses_host_memory():
         cuda.residual_linear(a, weight, None, *rest[shortcut])
+
+
+@with_cuda
+def test_attend_reaches_the_device_check(on_host):
+    q, k, cache = (torch.zeros(shape).half() for shape in ((1, 2, 4, 16), (1, 2, 2, 16), (1, 2, 8, 16)))
+    angles = torch.zeros(1, 2, 8).half()
+    with refuses_host_memory():
+        cuda.attend(q, k, k, angles, angles, cache, cache.clone(), torch.tensor(3), 0.25, None, None, None, 0.0)
 
 
 @with_hopper
@@ -157,6 +168,32 @@ def test_launcher_refuses(change, message):
 
 
 @with_cuda
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": at_256(3, 4)}, "does not take these sizes"),
+        ({"new_keys": at_256(2, 3)}, "does not take these sizes"),
+        ({"size": 257}, "does not take these sizes"),
+        ({"rank": 65}, "does not take these sizes"),
+        ({"cosine": at_256(1, 66)}, "does not take these sizes"),
+        ({"dtype": 0}, "does not take these sizes"),
+        ({"splits": 65}, "does not take these sizes"),
+        ({"start": None}, "null pointer"),
+        ({"splits": 2}, "workspace or the counters"),
+        ({"splits": 2, "workspace": at_256(1, 1 << 20)}, "workspace or the counters"),
+    ],
+)
+def test_attend_launcher_refuses(change, message):
+    arguments = dict(
+        queries=at_256(2, 4), new_keys=at_256(2, 2), new_values=at_256(2, 2), cosine=None, sine=None, query_norm=None,
+        key_norm=None, keys=at_256(4, 640), values=at_256(4, 640), mask=None, start=at_256(1, 1), y=at_256(2, 256),
+        batch=2, size=64, rank=64, eps=0.0, scale=1.0, dtype=1, splits=1, workspace=None, counters=None, stream=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        _C.cuda_attend(*(arguments | change).values())
+
+
+@with_cuda
 def test_plans_fill_the_gpu():
     splits, workspace, counters = _C.cuda_residual_linear_plan(1, 3072, 11008, 3072, 132)
     tiles = 3072 // 64
@@ -164,6 +201,8 @@ def test_plans_fill_the_gpu():
     assert counters == tiles + 1
     assert workspace == tiles * splits * 8 * 65 + tiles * 8
     assert _C.cuda_norm_linear_plan(16, 12288, 64, 3072, 0, 132)[0] == 1
+    splits, workspace, counters = _C.cuda_attend_plan(1, 1, 32, 32, 4096, 132)
+    assert (splits, workspace, counters) == (4, 32 * 4 * 16 * 258, 32)
 
 
 @with_hopper
@@ -178,6 +217,7 @@ def test_plans_fill_the_gpu():
         ({"activation": 5}, "does not take these sizes"),
         ({"weight": at_256(7, 8), "activation": 4}, "does not take these sizes"),
         ({"sms": 0}, "does not take these sizes"),
+        ({"width": 144}, "does not take these sizes"),
         ({"h": None}, "null pointer"),
         ({"sumsq": None}, "null pointer"),
         ({"h": at_256(17, 8, 9)}, "not aligned"),
@@ -186,7 +226,7 @@ def test_plans_fill_the_gpu():
 def test_prefill_launcher_refuses(change, message):
     arguments = dict(
         h=at_256(17, 8), weight=at_256(8, 8), bias=None, sumsq=at_256(1, 17), y=at_256(17, 8), unscaled=0, eps=0.0,
-        full_width=1.0, activation=0, dtype=1, sms=132, stream=0,
+        full_width=1.0, activation=0, dtype=1, width=256, sms=132, stream=0,
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         _C.cuda_norm_linear_prefill(*(arguments | change).values())
@@ -199,6 +239,9 @@ def test_prefill_launcher_refuses(change, message):
         ({"weight": at_256(0, 8)}, "does not take these sizes"),
         ({"a2": at_256(17, -1)}, "does not take these sizes"),
         ({"sumsq": None}, "null pointer"),
+        ({"width": 64}, "does not take these sizes"),
+        ({"splits": 0}, "does not take these sizes"),
+        ({"splits": 2}, "does not take these sizes"),
         ({"workspace": None}, "workspace"),
         ({"workspace": at_256(1, 16)}, "workspace"),
         ({"a": at_256(17, 8, 4)}, "not aligned"),
@@ -207,15 +250,20 @@ def test_prefill_launcher_refuses(change, message):
 def test_residual_prefill_launcher_refuses(change, message):
     arguments = dict(
         a=at_256(17, 8), weight=at_256(8, 8), bias=None, residual=None, a2=None, weight2=None, y=at_256(17, 8),
-        sumsq=at_256(1, 17), dtype=2, sms=132, workspace=at_256(1, 17), stream=0,
+        sumsq=at_256(1, 17), dtype=2, width=128, splits=1, sms=132, workspace=at_256(1, 17), stream=0,
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         _C.cuda_residual_linear_prefill(*(arguments | change).values())
 
 
 @with_hopper
-def test_prefill_workspace_has_a_sum_per_row_and_tile():
-    assert _C.cuda_residual_linear_prefill_workspace(100, 257) == 3 * 100
+def test_prefill_plans():
+    width, splits, cells = _C.cuda_residual_linear_prefill_plan(4096, 3328, 4096, 3328, 132)
+    assert (width, splits, cells) == (208, 1, 16 * 4096)  # a sum per row and tile
+    width, splits, cells = _C.cuda_residual_linear_prefill_plan(64, 2872, 4096, 2872, 132)
+    assert splits > 1
+    assert cells == splits * 64 * -(-2872 // width) * width
+    assert _C.cuda_norm_linear_prefill_width(4096, 12288, 0, 3072, 0, 132) == 256
 
 
 def test_copyable_rows_start_on_16_bytes():
@@ -255,7 +303,7 @@ def test_splits_are_exact_and_repeatable(M, splits, arch, monkeypatch):
     """The output of norm_linear goes into residual_linear as the decoder layers hand it on: a and t are its columns."""
     for name in ("cuda_norm_linear_plan", "cuda_residual_linear_plan"):
         monkeypatch.setattr(cuda._C, name, lambda *sizes: (splits, 1 << 20, 1 << 10))
-    d, k = 200, 512
+    d, k = 136, 320
     for r in (11, 16):
         kind = dict(dtype=torch.bfloat16, device=device_of("cuda"))
         h, bias = random(M, d, **kind), random(2 * k, **kind)
@@ -275,3 +323,48 @@ def test_splits_are_exact_and_repeatable(M, splits, arch, monkeypatch):
             assert_as_good_as_torch(y, by_torch, residual_linear(*double(writer), backend="reference")[0])
             torch.testing.assert_close(sumsq, y.double().square().sum(1).float(), rtol=1e-6, atol=1e-7)
     assert not counters(1024, h.device).any()
+
+
+WIDTHS = (256, 240, 224, 208, 192, 160, 128)
+
+
+@pytest.fixture
+def hopper():
+    """The prefill kernels: of the GPU where it is a Hopper, else in the emulator."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("its kernels are for compute capability 9.0")
+    with nullcontext() if torch.cuda.is_available() else emulating("90a"):
+        yield
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm_linear_in_tiles_of_every_width(width, hopper, monkeypatch):
+    """Two tiles of each part, of which the second one is not full: gates beside their ups, then plain columns."""
+    monkeypatch.setattr(cuda._C, "cuda_norm_linear_prefill_width", lambda *sizes: width)
+    kind, d, unscaled = dict(dtype=torch.bfloat16, device=device_of("cuda")), 40, 12
+    for activation, scaled in (("silu_gate", width + 20), ("gelu", width - 4)):
+        weight, bias = random(scaled + unscaled, d, scale=d**-0.5, **kind), random(scaled, **kind)
+        arguments = random(70, d, **kind), weight, bias, 1e-5, d, None, activation, unscaled
+        y = norm_linear(*arguments, backend="cuda")
+        assert_as_good_as_torch(y, norm_linear(*arguments, backend="reference"), norm_reference(*double(arguments)))
+
+
+@pytest.mark.parametrize(
+    ("width", "splits", "M", "k"),
+    # Every width whole and split; then rows for two to five warpgroups, and splits of more steps than there are stages.
+    [(width, splits, 17, 136) for width in WIDTHS for splits in (1, 4)]
+    + [(208, 2, 70, 72), (160, 2, 140, 40), (128, 2, 260, 8), (256, 2, 66, 520)],
+)
+def test_residual_linear_in_tiles_of_every_width(width, splits, M, k, hopper, monkeypatch):
+    n, r = width + 21, 24
+    cells = splits * M * 2 * width
+    monkeypatch.setattr(cuda._C, "cuda_residual_linear_prefill_plan", lambda *sizes: (width, splits, cells))
+    kind = dict(dtype=torch.bfloat16, device=device_of("cuda"))
+    a, weight, bias = random(M, k, **kind), random(n, k, scale=k**-0.5, **kind), random(n, **kind)
+    h, t, V = random(M, n, **kind), random(M, r, **kind), random(n, r, scale=r**-0.5, **kind)
+    for V_along in (V.T, V.T.contiguous()):
+        arguments = a, weight, bias, h, (t, V_along)
+        y, sumsq = residual_linear(*arguments, backend="cuda")
+        by_torch, _ = residual_linear(*arguments, backend="reference")
+        assert_as_good_as_torch(y, by_torch, residual_linear(*double(arguments), backend="reference")[0])
+        torch.testing.assert_close(sumsq, y.double().square().sum(1).float(), rtol=1e-6, atol=1e-7)

@@ -80,7 +80,7 @@ def test_measured_tile_wins(cache):
 def test_measured_tile_that_a_call_cannot_use_is_passed_over(cache):
     record(tiles.TILES[9][0])
     assert choose(4096, 4096, 2872) == tiles.TILES[9][0]
-    assert tiles.choose_tile(H200, "norm_linear", BF16, 4096, 4096, 2872, False, None, False) in tiles.SMALL_TILES
+    assert tiles.choose_tile(H200, "norm_linear", BF16, 4096, 4096, 2872, False, None, False) in tiles.UNALIGNED_TILES
 
 
 def test_registers_bound_the_programs_of_an_sm():

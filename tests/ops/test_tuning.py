@@ -11,6 +11,7 @@ from tune import block_shapes
 
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.kernels import measured
+from slicegpt_fast.kernels.native import build_info
 from slicegpt_fast.ops import dispatch, kernel_table, norm_linear, tuning
 from slicegpt_fast.ops.dispatch import OPS, Request
 from slicegpt_fast.ops.tuning import Shape, tune
@@ -33,6 +34,9 @@ SHAPES = [
 ]
 
 
+ON_GPU = sorted(op.name for op in OPS.values() if any(rule.by_measurement for rule in op.rules))
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """Runs what is to be timed once and gives each backend a time by its name, here or in the interpreter."""
@@ -51,7 +55,7 @@ def clock(monkeypatch):
         call()
         return times[running[-1][0]]
 
-    monkeypatch.setattr(tuning, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tuning, "current_gpu", lambda: torch.device("cpu"))
     monkeypatch.setattr(tuning, "microseconds", microseconds)
     return times, running
 
@@ -95,12 +99,30 @@ def test_a_kernel_that_is_wrong_is_left_out(shape, cache, clock, monkeypatch):
     assert {"triton", "reference"} == us.keys()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("at", [(slice(None), 7), (5, slice(None))], ids=["column", "row"])
+def test_a_kernel_with_one_wrong_column_or_row_is_left_out(at, cache, clock, monkeypatch):
+    op = OPS["norm_linear"]
+    right = op.backends["cpu"].run
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        result[at] = 0
+        return result
+
+    monkeypatch.setitem(op.backends, "cpu", replace(op.backends["cpu"], run=wrong))
+    monkeypatch.delitem(op.backends, "triton")  # interpreted, that many tiles take long
+    with pytest.warns(UserWarning, match=r"^cpu gives wrong results for Shape\("):
+        ((_, us),) = tune([Shape("norm_linear", 2500, 2500, 8)], HALF)
+    assert "cpu" not in us
+
+
 @pytest.mark.parametrize("op", ["norm_linear", "residual_linear"])
 def test_no_product_of_fp16_operands_overflows(op):
     shape = (4, 64, 1 << 16)
     epilogue = {"norm_linear": "silu_gate", "residual_linear": "dense"}[op]
     arguments = OPS[op].operands(Request(op, torch.device("cpu"), HALF, "decode", shape, epilogue))
-    for result in tuning._results(OPS[op].backends["reference"].run, arguments):
+    for result in tuning.results_of(OPS[op].backends["reference"].run, arguments):
         assert result.abs().max() < 32 if result.dtype == HALF else result.isfinite().all()
 
 
@@ -121,7 +143,7 @@ def record(asked, tile=None, **us):
     measured.record("NVIDIA H200", asked.op, bucket, measured.Entry(us, tile))
 
 
-@pytest.mark.parametrize("op", sorted(OPS))
+@pytest.mark.parametrize("op", ON_GPU)
 @pytest.mark.parametrize(
     ("us", "chosen"),
     [
@@ -138,6 +160,32 @@ def test_auto_takes_the_fastest_measured(op, us, chosen, cache, hopper):
         assert OPS[op].choose("auto", request(op, m)) == "reference"
         record(request(op, m), **us)
         assert OPS[op].choose("auto", request(op, m)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "revision", "capability", "chosen"),
+    [
+        ("norm_linear", (16, 4096, 2872), None, (9, 0), "cuda"),
+        ("covariance_", (512, 2872, 2872), None, (9, 0), "cuda"),
+        ("norm_linear", (16, 4096, 2871), None, (9, 0), "reference"),  # rows that are not aligned
+        ("residual_linear", (16, 2871, 4096), None, (9, 0), "reference"),
+        ("norm_linear", (16, 4096, 2872), "of another build", (9, 0), "reference"),
+        ("norm_linear", (16, 4096, 2872), None, (8, 0), "reference"),
+        ("norm_linear", (16, 4096, 2872), None, (10, 0), "reference"),
+    ],
+)
+def test_untuned_hopper_runs_the_cuda_kernels_that_passed(
+    op, shape, revision, capability, chosen, cache, hopper, monkeypatch
+):
+    asked = Request(op, CUDA, torch.bfloat16, OPS[op].regime(shape[0]), shape)
+    monkeypatch.setattr(Request, "capability", property(lambda self: capability))
+    measured.record_passed("NVIDIA A100", "cuda", build_info().revision)
+    measured.record_passed("NVIDIA H200", "triton", build_info().revision)
+    assert OPS[op].choose("auto", asked) == "reference"
+    measured.record_passed("NVIDIA H200", "cuda", revision or build_info().revision)
+    assert OPS[op].choose("auto", asked) == chosen
+    record(asked, reference=1.0, cuda=2.0)  # measurement overrules
+    assert OPS[op].choose("auto", asked) == "reference"
 
 
 def test_a_measurement_is_of_one_epilogue_and_one_bucket_of_rows(cache, hopper):
@@ -222,3 +270,6 @@ def test_kernel_table_says_what_is_measured(cache, hopper, monkeypatch):
     why = {(row["op"], row["regime"]): row["why"] for row in kernel_table() if row["device"] != "cpu"}
     assert why["norm_linear", "decode"].endswith("; measured at 2 shapes, reference at all others")
     assert why["norm_linear", "prefill"].endswith("; reference until `slicegpt-fast tune`")
+    measured.record_passed("NVIDIA H200", "cuda", build_info().revision)
+    why = {(row["op"], row["regime"]): row["why"] for row in kernel_table() if row["device"] != "cpu"}
+    assert why["norm_linear", "prefill"].endswith("; cuda where aligned, else reference, until `slicegpt-fast tune`")

@@ -21,9 +21,10 @@ from slicegpt_fast import (
     slice_model,
     unpatch_model,
 )
-from slicegpt_fast.architectures import Decoder
-from slicegpt_fast.ops.dispatch import OPS
+from slicegpt_fast.ops.dispatch import OPS, Op, Request
 from slicegpt_fast.patching import op_requests
+from slicegpt_fast.patching.head import FusedHead
+from slicegpt_fast.patching.layers import FusedSublayer, normalised
 
 PLANS = {
     "shared": dict(basis="shared"),
@@ -76,11 +77,7 @@ def test_same_logits_and_back_again(family, plan, backend):
 
     assert patch_model(model, backend=backend) is model
     report = patch_report(model)
-    unfused = SPARSE.get(family, 0)
-    if plan == "dense" and Decoder(model).architecture.centered:
-        unfused = len(report.rows) - 1  # all but the head
-        assert "LayerNorm" in str(report)
-    assert report.fused == len(report.rows) - unfused
+    assert report.fused == len(report.rows) - SPARSE.get(family, 0)
     assert {name: (value.shape, value.dtype) for name, value in model.state_dict().items()} == state
     assert close(logits(model, ids), before[0])
     assert close(logits(model, one), before[1])
@@ -227,7 +224,6 @@ def test_compiles_without_a_graph_break(family, plan):
     patch_model(model, backend="reference")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert close(logits(compiled, ids), expected)
-    assert torch._dynamo.explain(model)(ids).graph_break_count == 0
 
 
 CHANGES = {
@@ -243,11 +239,11 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_compiling_after_a_change(change, plan):
     """The first run after it is the compiled one."""
-    ids, other = tokens(2, 9), model_of(plan=plan)
+    ids, other = tokens(2, 9), model_of(plan=plan, num_hidden_layers=2)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.9)
-    model = patch_model(model_of(plan=plan))
+    model = patch_model(model_of(plan=plan, num_hidden_layers=2))
     logits(model, ids)
     model = CHANGES[change](model, other).eval()
     if change == "copied":
@@ -375,6 +371,31 @@ def test_the_report_heeds_the_environment(model, monkeypatch):
     assert {row.decode for row in patch_report(model).rows} == {"cpu"}
     monkeypatch.setenv("SLICEGPT_FAST_BACKEND", "reference")
     assert {row.decode for row in patch_report(model).rows} == {"reference"}
+
+
+def test_a_gpu_of_which_nothing_is_known_keeps_torchs_own_path(model, monkeypatch):
+    """The reference of an op is no faster than the module that it would replace."""
+    known = {}
+    on_gpu = Request("norm_linear", torch.device("cuda", 0), torch.float32, "decode", (1, 8, 8))
+    for part in (FusedSublayer, FusedHead):
+        monkeypatch.setattr(part, "requests", lambda self: [(on_gpu, None)])
+    choose = Op.choose
+    monkeypatch.setattr(
+        Op, "choose", lambda *asked: known.get(asked[1], "reference") if asked[2] is on_gpu else choose(*asked)
+    )
+    ids = tokens(2, 9)
+    before = logits(model, ids)
+    with pytest.warns(UserWarning, match="no decoder layer was patched: no kernel is known to be faster on this GPU"):
+        patch_model(model)
+    assert {row.reason for row in patch_report(model).rows} == {
+        "no kernel is known to be faster on this GPU: run slicegpt-fast tune"
+    }
+    assert torch.equal(logits(model, ids), before)
+    unpatch_model(model)
+    assert patch_report(patch_model(model, backend="reference")).fused == 7  # as asked for
+    unpatch_model(model)
+    known["auto"] = "cuda"
+    assert patch_report(patch_model(model)).fused == 7
 
 
 def test_adapters_that_were_there_before(model):
@@ -516,7 +537,9 @@ def test_patching_twice(model):
 
 def test_nothing_to_patch():
     model = tiny_model("phi")
-    with pytest.warns(UserWarning, match="no decoder layer was patched: its LayerNorm"):
+    for layer in model.model.layers:
+        layer.input_layernorm = nn.Identity()
+    with pytest.warns(UserWarning, match="no decoder layer was patched: "):
         patch_model(model, exclude=["lm_head"])
     with pytest.raises(InputError, match="no decoder layer was patched"):
         patch_model(unpatch_model(model), exclude=["lm_head"], strict=True)
@@ -585,7 +608,7 @@ def test_requests_are_what_the_layers_ask_for(family, plan, monkeypatch):
 
     expected = {of(request) for pair in op_requests(model) for request in pair if request is not None}
     patch_model(model, backend="reference")
-    for ids in (tokens(1, 1), tokens(2, 19)):
+    for ids in (tokens(1, 1), tokens(2, 50)):
         logits(model, ids)
     assert {of(request) for request in asked} == expected
 
@@ -655,3 +678,10 @@ def test_offloading_hooks_keep_a_sublayer_unfused(model):
     add_hook_to_module(projection, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=state))
     assert patch_report(patch_model(model)).fused == 6
     assert close(logits(model, ids), expected)
+
+
+def test_norms_that_are_done_share_one_vector_of_zeros():
+    first, second = (normalised(torch.ones(rows, 3))[2] for rows in (5, 60))
+    assert (first.shape, second.shape) == ((5,), (60,))
+    assert not second.any()
+    assert first.data_ptr() == second.data_ptr()

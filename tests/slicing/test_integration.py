@@ -4,9 +4,12 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import EntryNotFoundError
 from models import FAMILIES, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -147,14 +150,51 @@ class TestModelCard:
         dense.name_or_path = "someone/dense-model"
         sliced = slice_model(dense, [tokens(4, 32)], sparsity=0.25, basis="shared", progress=False)
         save_model(
-            sliced, tmp_path / "new", figures=[Figure("perplexity", "14.61", "16.40"), Figure("bytes", "9", "8")]
+            sliced,
+            tmp_path / "new",
+            figures=[Figure("perplexity", "14.61", "16.40"), Figure("bytes", "9", "8")],
+            text="notes.txt",
         )
         card = (tmp_path / "new/README.md").read_text()
         assert card.startswith("---\nbase_model: someone/dense-model\n")
         assert "| bytes | 9 | 8 |\n| perplexity | 14.61 | 16.40 |\n" in card
+        assert "fitted to the raw signal of 128 tokens of notes.txt." in card
         again = load_model(tmp_path / "new")
         again.save_pretrained(tmp_path / "again")
         assert "base_model: someone/dense-model\n" in (tmp_path / "again/README.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("family", "options", "takes"),
+        [
+            ("llama", dict(sparsity=0.25, basis="per-norm"), False),  # shortcuts
+            ("llama", dict(sparsity=0.25, basis="shared"), True),
+            ("opt", dict(sparsity=0.25, basis="shared"), False),  # LayerNorms
+            ("llama", dict(target_params=0.8, cut=("channels",)), False),  # of different numbers
+            ("opt", dict(target_params=0.8, cut=("channels",), uniform=True), True),
+        ],
+    )
+    def test_names_export_where_that_takes_it(self, family, options, takes, tmp_path):
+        sliced = slice_model(tiny_model(family), [tokens(4, 32)], round_to=8, progress=False, **options)
+        sliced.save_pretrained(tmp_path)
+        assert ("slicegpt-fast export PATH --out plain" in (tmp_path / "README.md").read_text()) == takes
+
+    def test_goes_to_the_hub_with_the_model(self, tmp_path, monkeypatch):
+        sent = {}
+
+        def commit(self, repo_id, operations, **_):
+            sent.update({each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations})
+
+        def missing(repo_id, **_):
+            raise EntryNotFoundError("no card")
+
+        monkeypatch.setattr(HfApi, "create_commit", commit)
+        monkeypatch.setattr(
+            HfApi, "create_repo", lambda self, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}")
+        )
+        monkeypatch.setattr(ModelCard, "load", missing)
+        sliced_model().push_to_hub("someone/smaller")
+        assert sent.keys() >= {"config.json", "model.safetensors", "README.md"}
+        assert b"Directions kept: 32 of 48" in sent["README.md"]
 
     @pytest.mark.parametrize("edit", ["# Mine\n", None])
     def test_a_readme_of_the_user_stays(self, edit, tmp_path):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from slicegpt_fast import _C
 from slicegpt_fast.kernels.native import ACTIVATIONS, DTYPES
-from slicegpt_fast.kernels.operands import rows, rows_or_columns, vector
+from slicegpt_fast.kernels.operands import cache, heads, rows, rows_or_columns, tokens, vector
+from slicegpt_fast.ops.attend import OP as ATTEND
 from slicegpt_fast.ops.covariance import OP as COVARIANCE
 from slicegpt_fast.ops.dispatch import Request
 from slicegpt_fast.ops.norm_linear import OP as NORM_LINEAR
@@ -80,6 +81,31 @@ def residual_linear(
     return y, sumsq
 
 
+def attend(
+    queries: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    (B, T, H, D), r = queries.shape, new_values.shape[3]
+    y = queries.new_empty(B * T, H * r)
+    _C.attend(
+        heads(queries), heads(new_keys), heads(new_values), tokens(cosine), tokens(sine), vector(query_norm),
+        vector(key_norm), cache(keys), cache(values), tokens(mask), y, B, D, r, int(start), eps, scale,
+        DTYPES[queries.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 def _by_torch(x: Tensor, *widths: int) -> bool:
     """Whether torch multiplies the rows of ``x``, by matrices whose inner widths are these.
 
@@ -90,6 +116,7 @@ def _by_torch(x: Tensor, *widths: int) -> bool:
     return STREAMED_ROWS[x.dtype] < x.shape[0] and not padded
 
 
+ATTEND.add_backend("cpu", attend, refuses)
 COVARIANCE.add_backend("cpu", covariance_, refuses)
 NORM_LINEAR.add_backend("cpu", norm_linear, refuses)
 RESIDUAL_LINEAR.add_backend("cpu", residual_linear, refuses)

@@ -1,6 +1,7 @@
 """The ``cuda`` backend: from tensors to the kernels of csrc/cuda.
 
-They are ``norm_linear`` and ``residual_linear``, for more than 16 rows on Hopper alone, and ``covariance_`` on Hopper.
+They are ``norm_linear`` and ``residual_linear``, for more than 16 rows on Hopper alone, ``attend``, and ``covariance_``
+on Hopper.
 ``auto`` chooses them where `slicegpt-fast tune` has measured them to be the fastest.
 """
 
@@ -16,13 +17,16 @@ from torch import Tensor
 from slicegpt_fast import _C
 from slicegpt_fast.kernels.counters import counters
 from slicegpt_fast.kernels.native import ACTIVATIONS, DTYPES, build_info
-from slicegpt_fast.kernels.operands import has_rows, rows, rows_or_columns, vector
+from slicegpt_fast.kernels.operands import cache, has_rows, heads, rows, rows_or_columns, tokens, vector
 from slicegpt_fast.kernels.regimes import DECODE_ROWS
+from slicegpt_fast.ops.attend import OP as ATTEND
+from slicegpt_fast.ops.attend import reference as attend_reference
 from slicegpt_fast.ops.covariance import OP as COVARIANCE
 from slicegpt_fast.ops.dispatch import HALF, Request
 from slicegpt_fast.ops.norm_linear import OP as NORM_LINEAR
 from slicegpt_fast.ops.residual_linear import OP as RESIDUAL_LINEAR
 
+LONGEST_HEAD = 256  # numbers of a head that attend's kernel takes
 PREPARED_TOKENS = 16384  # bounds the copies of x that a row scale, a mask or a misaligned x calls for
 
 
@@ -114,14 +118,15 @@ def norm_linear(
     y = h.new_empty(M, (scaled // 2 if activation == "silu_gate" else scaled) + unscaled)
     code, dtype = ACTIVATIONS[activation], DTYPES[h.dtype]
     if M > DECODE_ROWS:
-        h, weight = copyable(h), copyable(weight)
+        h, weight, sms = copyable(h), copyable(weight), multiprocessors(h.device)
+        width = _C.cuda_norm_linear_prefill_width(M, scaled, unscaled, K, code, sms)
         with on(h.device):
             stream = torch.cuda.current_stream().cuda_stream
             if sumsq is None and scaled:
                 sumsq = torch.empty(M, dtype=torch.float32, device=h.device)
                 _C.cuda_row_squares(h, sumsq, dtype, stream)
             _C.cuda_norm_linear_prefill(
-                h, weight, bias, sumsq, y, unscaled, eps, full_width, code, dtype, multiprocessors(h.device), stream
+                h, weight, bias, sumsq, y, unscaled, eps, full_width, code, dtype, width, sms, stream
             )
         return y
     splits, cells, counts = _C.cuda_norm_linear_plan(M, scaled, unscaled, K, code, multiprocessors(h.device))
@@ -151,12 +156,13 @@ def residual_linear(
         a, weight, a2 = copyable(a), copyable(weight), copyable(a2)
         if weight2 is not None:  # or the transposed view of a linear layer's weight
             weight2 = copyable(weight2) if has_rows(weight2) else copyable(weight2.T).T
-        cells = _C.cuda_residual_linear_prefill_workspace(M, n)
+        sms = multiprocessors(a.device)
+        width, splits, cells = _C.cuda_residual_linear_prefill_plan(M, n, K, K2, sms)
         workspace = torch.empty(cells, dtype=torch.float32, device=a.device)
         with on(a.device):
             _C.cuda_residual_linear_prefill(
                 a, weight, bias, residual, a2, weight2, y, sumsq, dtype,
-                multiprocessors(a.device), workspace, torch.cuda.current_stream().cuda_stream,
+                width, splits, sms, workspace, torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
         return y, sumsq
     splits, cells, counts = _C.cuda_residual_linear_plan(M, n, K, K2, multiprocessors(a.device))
@@ -169,6 +175,40 @@ def residual_linear(
     return y, sumsq
 
 
+def attend(
+    queries: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The op, for tensors with elements; longer heads than the kernel takes go to the reference."""
+    (B, T, H, D), (_, G, C, _), r = queries.shape, keys.shape, new_values.shape[3]
+    if D > LONGEST_HEAD:
+        return attend_reference(
+            queries, new_keys, new_values, cosine, sine, keys, values, start, scale, mask, query_norm, key_norm, eps
+        )
+    y = queries.new_empty(B * T, H * r)
+    splits, cells, counts = _C.cuda_attend_plan(B, T, H, G, C, multiprocessors(y.device))
+    workspace = torch.empty(cells, dtype=torch.float32, device=y.device)
+    with on(y.device):
+        _C.cuda_attend(
+            heads(queries), heads(new_keys), heads(new_values), tokens(cosine), tokens(sine), vector(query_norm),
+            vector(key_norm), cache(keys), cache(values), tokens(mask), start.view(1), y, B, D, r, eps, scale,
+            DTYPES[y.dtype], splits, workspace, counters(counts, y.device), torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return y
+
+
+ATTEND.add_backend("cuda", attend, refuses)
 COVARIANCE.add_backend("cuda", covariance_, hopper_refuses)
 NORM_LINEAR.add_backend("cuda", norm_linear, linear_refuses)
 RESIDUAL_LINEAR.add_backend("cuda", residual_linear, linear_refuses)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from slicegpt_fast.ops.attend import OP as ATTEND
 from slicegpt_fast.ops.covariance import OP as COVARIANCE
 from slicegpt_fast.ops.dispatch import Request
 from slicegpt_fast.ops.norm_linear import OP as NORM_LINEAR
@@ -46,6 +47,12 @@ def tiles(request: Request, *widths: int) -> tuple[Tile, ...]:
 # Triton is imported with the first call of a kernel: it may be missing.
 
 
+def attend(*arguments: Any) -> Tensor:
+    from slicegpt_fast.triton_kernels.attend import attend
+
+    return attend(*arguments)
+
+
 def covariance_(*arguments: Any) -> None:
     from slicegpt_fast.triton_kernels.covariance import covariance_
 
@@ -64,6 +71,7 @@ def residual_linear(*arguments: Any) -> tuple[Tensor, Tensor]:
     return residual_linear(*arguments)
 
 
+ATTEND.add_backend("triton", attend, refuses)
 COVARIANCE.add_backend("triton", covariance_, refuses)
 NORM_LINEAR.add_backend("triton", norm_linear, refuses, lambda request: tiles(request, request.shape[2]))
 RESIDUAL_LINEAR.add_backend("triton", residual_linear, refuses, lambda request: tiles(request, *request.shape[1:]))

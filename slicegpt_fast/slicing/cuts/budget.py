@@ -1,8 +1,10 @@
 """Spend one budget of stored parameters on cuts: statistics, curves, sizes, and the few best plans against each other.
 
 one forward and backward pass --> curves of all layers --> sizes for each width of the stream --> the cut model
+                                                                                                    |
+                                                                    writers corrected for the errors before them
                                                                                                     | where it pays
-                                                                                its stream sliced by one basis
+                                                                                 its stream sliced by one basis
 """
 
 import math
@@ -18,6 +20,7 @@ from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.bases import Bases, find_bases, refit_readers
 from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.cuts.choice import Sizes, choose_sizes
+from slicegpt_fast.slicing.cuts.correction import correct_
 from slicegpt_fast.slicing.cuts.curve import Curve
 from slicegpt_fast.slicing.cuts.cutting import LayerCuts, cut_model, fit_cuts
 from slicegpt_fast.slicing.cuts.sensitivity import SiteStatistics, layers_within, measure_sensitivity, summed_loss
@@ -116,6 +119,8 @@ def cut_to_sizes(
     """
     cut = cut_model(decoder.model, cuts, sizes.channels, sizes.values)
     plan, bases = sizes.plan(decoder), None
+    if plan.cuts_layers:
+        correct_(cut, decoder.model, batches, progress=progress)
     if plan.basis is not None:
         beside = replace(plan, channels=(), values=())  # what is cut already
         bases = refit_readers(cut, batches, find_bases(cut, batches, beside, progress=progress), progress=progress)

@@ -38,6 +38,8 @@ from slicegpt_fast.slicing.layers import norm_eps, rstd
 from slicegpt_fast.slicing.options import AXES, Axis
 from slicegpt_fast.slicing.storage import IN_MEMORY
 
+TOKENS = 512  # that a forward and backward pass takes at once, or one sequence
+
 
 @dataclass(frozen=True)
 class WriterStatistics:
@@ -109,7 +111,7 @@ def measure_sensitivity(
         InputError: no token to predict, token ids beyond the vocabulary, or statistics that are not finite.
     """
     IN_MEMORY.check(model)
-    batches = list(checked(calibration, model.config, model.device))
+    batches = [piece for batch in checked(calibration, model.config, model.device) for piece in _pieces(batch)]
     decoder = Decoder(model)
     layers = range(len(decoder.layers)) if layers is None else layers
     writers, norms = _taps(decoder, layers, axes)
@@ -149,6 +151,13 @@ def layers_within(decoder: Decoder, start: int, memory: float) -> range:
         if memory < 0 and index > start:
             return range(start, index)
     return range(start, len(decoder.layers))
+
+
+def _pieces(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield a batch in parts of whole sequences: a graph of all activations stands behind each until its gradients."""
+    rows = max(1, TOKENS // batch["input_ids"].shape[1])
+    for start in range(0, len(batch["input_ids"]), rows):
+        yield {name: each[start : start + rows] for name, each in batch.items()}
 
 
 class _Sums:

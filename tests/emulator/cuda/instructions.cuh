@@ -29,6 +29,10 @@ inline void store_16_bytes(void* to, const uint32_t (&x)[4]) {
   std::memcpy(to, x, sizeof(x));
 }
 
+inline float fast_exp2(float x) { return std::exp2(x); }
+
+inline float fast_reciprocal(float x) { return 1 / x; }
+
 inline void prefetch_to_l2(const void*) {}
 
 inline int32_t count_in(int32_t* counter) { return (*counter)++; }

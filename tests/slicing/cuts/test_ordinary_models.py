@@ -212,3 +212,39 @@ class TestRefused:
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(InputError, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def with_padded_weights(cut):
+    """A copy whose values are padded with zero rows of the weights, in place of hooks."""
+    copied = copy.deepcopy(cut)
+    for layer in copied.model.layers:
+        attention = layer.self_attn
+        for module in (attention, attention.v_proj, attention.o_proj):
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        values, heads = attention.v_proj, attention.o_proj
+        groups, queries = (copied.config.num_key_value_heads, copied.config.num_attention_heads)
+        rows = values.weight.data.unflatten(0, (groups, -1))
+        missing = attention.head_dim - rows.shape[1]
+        values.weight.data = torch.nn.functional.pad(rows, (0, 0, 0, missing)).flatten(0, 1)
+        columns = heads.weight.data.unflatten(1, (queries, -1))
+        heads.weight.data = torch.nn.functional.pad(columns, (0, missing)).flatten(1)
+    return copied
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_quantised_cache_holds_values_of_lower_rank(patched):
+    from transformers import QuantizedCache
+
+    cut, ids = cut_family("llama"), tokens(2, 16)
+    dense = with_padded_weights(cut)
+    if patched:
+        patch_model(cut)
+    caches = [QuantizedCache("fp8", model.config) for model in (cut, dense)]
+    for step in (ids[:, :13], ids[:, 13:14], ids[:, 14:16]):
+        actual, expected = (logits(m, step, past_key_values=c) for m, c in zip((cut, dense), caches, strict=True))
+        assert_close(actual, expected, 1e-3)
+    assert not torch.allclose(actual, logits(dense, ids)[:, -2:], rtol=1e-3)  # it was quantised
+    kept = caches[0].layers[0]._dequantize(caches[0].layers[0]._quantized_values)
+    assert kept[..., :8].any()
+    assert not kept[..., 8:].any()

@@ -146,3 +146,12 @@ def test_little_memory_gives_the_same_model(trained, monkeypatch):
     assert found.trials == expected.trials
     for name, tensor in found.model.state_dict().items():
         assert torch.equal(tensor, expected.model.state_dict()[name])
+
+
+def test_correction_lowers_the_loss_of_other_text(trained, monkeypatch):
+    options = SliceOptions(target_params=0.7, cut=("channels", "values"), round_to=8)
+    corrected = cut_to_budget(trained, batches(seed=2), options, progress=False)
+    monkeypatch.setattr(budget, "correct_", lambda *arguments, **options: None)
+    plain = cut_to_budget(trained, batches(seed=2), options, progress=False)
+    assert corrected.plan == plain.plan
+    assert mean_loss(corrected.model, batches(seed=3)) < mean_loss(plain.model, batches(seed=3))

@@ -148,3 +148,24 @@ def test_a_config_that_was_changed(tied, change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(InputError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_adapter_of_the_embedding_adds_to_the_stream(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    cut = cut_family("llama", STREAM, tied=True)
+    ids = tokens(2, 9)
+    before = logits(cut, ids)
+    adapted = get_peft_model(cut, LoraConfig(target_modules=["embed_tokens", "q_proj"]))
+    assert_close(logits(adapted, ids), before)
+    adapted(ids, labels=ids).loss.backward()
+    adapter = adapted.base_model.model.get_input_embeddings()
+    assert adapter.lora_embedding_B["default"].grad is not None
+    with torch.no_grad():
+        adapter.lora_embedding_A["default"].normal_()
+        adapter.lora_embedding_B["default"].normal_()
+    after = logits(adapted, ids)
+    assert not torch.allclose(after, before, rtol=0.1)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(cut_family("llama", STREAM, tied=True), tmp_path)
+    assert_close(logits(loaded, ids), after)

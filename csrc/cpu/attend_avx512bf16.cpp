@@ -1,0 +1,3 @@
+#include "cpu/attend.h"
+
+const sgf::AttendKernel sgf::kAttendAvx512Bf16 = sgf::kAttend;
