@@ -83,7 +83,7 @@ def test_each_change_is_the_damped_least_squares_solution_for_the_errors_left(fa
         )
         assert change.abs().max() > 1e-3
         expected_change = x.T @ error / (DAMPING * x.square().sum(0).mean())
-        torch.testing.assert_close(change.T, expected_change, rtol=1e-3, atol=1e-4 * change.abs().max().item())
+        torch.testing.assert_close(change.T, expected_change, rtol=1e-3, atol=1e-3 * change.abs().max().item())
 
 
 def test_nothing_changes_without_an_error():
