@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("covariance", checked(&sgf_covariance), others_run);
   m.def("norm_linear", checked(&sgf_norm_linear), others_run);
   m.def("residual_linear", checked(&sgf_residual_linear), others_run);
+  m.def("dequantize", checked(&sgf_dequantize), others_run);
   m.def("attend", checked(&sgf_attend), others_run);
   py::class_<Program>(m, "Program")
       .def(py::init())

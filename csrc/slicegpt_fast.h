@@ -26,12 +26,15 @@ enum {
   SGF_CUDA_WORKSPACE = -104,
 };
 
-// Element types.
+// Element types. Those below 16 bits are of weights with scales, as slicegpt_fast/ops/quantized.py describes them;
+// SGF_INT4 stands for bytes of two levels each.
 enum {
   SGF_FLOAT32 = 0,
   SGF_FLOAT16 = 1,
   SGF_BFLOAT16 = 2,
   SGF_FLOAT64 = 3,
+  SGF_INT8 = 4,
+  SGF_INT4 = 5,
 };
 
 // Activations.
@@ -80,14 +83,19 @@ int sgf_covariance(sgf_matrix acc, sgf_matrix x, sgf_matrix row_scale, sgf_matri
                    int threads);
 
 // norm_linear and residual_linear on the CPU, as slicegpt_fast/ops/ describes them. Rows of h, a, a2, residual and
-// product are contiguous, weights have a stride of 1 in one direction, y is contiguous, sumsq is fp32. May be absent:
-// bias; sumsq of norm_linear, which then computes it; product, which is h weight^T [M, n] where somebody else has
-// computed that; residual; a2 with weight2 [K2, n]; a with weight, where residual already holds their product.
-int sgf_norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix product,
-                    sgf_matrix y, int64_t unscaled, double eps, double full_width, int activation, int dtype,
-                    int threads);
-int sgf_residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
-                        sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype, int threads);
+// product are contiguous, weights have a stride of 1 in one direction, y is contiguous, sumsq is fp32. Rows of a weight
+// of SGF_INT8 or SGF_INT4 are contiguous, and those of its scales; others have none. May be absent: bias; sumsq of
+// norm_linear, which then computes it; product, which is h weight^T [M, n] where somebody else has computed that;
+// residual; a2 with weight2 [K2, n]; a with weight, where residual already holds their product.
+int sgf_norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix scales, sgf_matrix bias, sgf_matrix sumsq,
+                    sgf_matrix product, sgf_matrix y, int64_t unscaled, double eps, double full_width, int activation,
+                    int weight_dtype, int dtype, int threads);
+int sgf_residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix scales, sgf_matrix bias, sgf_matrix residual,
+                        sgf_matrix a2, sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int weight_dtype, int dtype,
+                        int threads);
+
+// y [n, K] = the weight that integers and scales stand for, each product rounded once. y is contiguous.
+int sgf_dequantize(sgf_matrix weight, sgf_matrix scales, sgf_matrix y, int weight_dtype, int dtype, int threads);
 
 // attend on the CPU, as slicegpt_fast/ops/attend.py describes it. An operand of heads has one row per token of the
 // batch and one column per head: the first of its numbers, which are contiguous. cosine and sine are [tokens or batch
@@ -107,11 +115,12 @@ int sgf_attend(sgf_matrix queries, sgf_matrix new_keys, sgf_matrix new_values, s
 typedef struct sgf_program sgf_program;
 sgf_program* sgf_program_new(void);
 void sgf_program_delete(sgf_program* program);
-int sgf_program_norm_linear(sgf_program* program, sgf_matrix h, sgf_matrix weight, sgf_matrix norm_weight,
-                            sgf_matrix bias, sgf_matrix y, int64_t unscaled, double eps, double full_width,
-                            int activation, int dtype);
-int sgf_program_residual_linear(sgf_program* program, sgf_matrix a, sgf_matrix weight, sgf_matrix bias,
-                                sgf_matrix residual, sgf_matrix a2, sgf_matrix weight2, sgf_matrix y, int dtype);
+int sgf_program_norm_linear(sgf_program* program, sgf_matrix h, sgf_matrix weight, sgf_matrix scales,
+                            sgf_matrix norm_weight, sgf_matrix bias, sgf_matrix y, int64_t unscaled, double eps,
+                            double full_width, int activation, int weight_dtype, int dtype);
+int sgf_program_residual_linear(sgf_program* program, sgf_matrix a, sgf_matrix weight, sgf_matrix scales,
+                                sgf_matrix bias, sgf_matrix residual, sgf_matrix a2, sgf_matrix weight2, sgf_matrix y,
+                                int weight_dtype, int dtype);
 int sgf_program_attend(sgf_program* program, sgf_matrix queries, sgf_matrix new_keys, sgf_matrix new_values,
                        sgf_matrix query_norm, sgf_matrix key_norm, sgf_matrix y, int64_t size, int64_t rank, double eps,
                        double scale, int dtype);

@@ -22,6 +22,7 @@ def covariance(
 def norm_linear(
     h: Tensor,
     weight: Tensor,
+    scales: Tensor | None,
     bias: Tensor | None,
     sumsq: Tensor | None,
     product: Tensor | None,
@@ -30,6 +31,7 @@ def norm_linear(
     eps: float,
     full_width: float,
     activation: int,
+    weight_dtype: int,
     dtype: int,
     threads: int,
     /,
@@ -37,16 +39,19 @@ def norm_linear(
 def residual_linear(
     a: Tensor | None,
     weight: Tensor | None,
+    scales: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     a2: Tensor | None,
     weight2: Tensor | None,
     y: Tensor,
     sumsq: Tensor,
+    weight_dtype: int,
     dtype: int,
     threads: int,
     /,
 ) -> None: ...
+def dequantize(weight: Tensor, scales: Tensor, y: Tensor, weight_dtype: int, dtype: int, threads: int, /) -> None: ...
 def attend(
     queries: Tensor,
     new_keys: Tensor,
@@ -77,6 +82,7 @@ class Program:
         self,
         h: Tensor,
         weight: Tensor,
+        scales: Tensor | None,
         norm_weight: Tensor | None,
         bias: Tensor | None,
         y: Tensor,
@@ -84,6 +90,7 @@ class Program:
         eps: float,
         full_width: float,
         activation: int,
+        weight_dtype: int,
         dtype: int,
         /,
     ) -> None: ...
@@ -91,11 +98,13 @@ class Program:
         self,
         a: Tensor,
         weight: Tensor,
+        scales: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
         a2: Tensor | None,
         weight2: Tensor | None,
         y: Tensor,
+        weight_dtype: int,
         dtype: int,
         /,
     ) -> None: ...

@@ -12,15 +12,17 @@ if Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").name != "s
     from slicegpt_fast.checkpoint import load_model, load_tokenizer, save_model
     from slicegpt_fast.errors import InputError
     from slicegpt_fast.evaluation import perplexity
-    from slicegpt_fast.export import export_plain
+    from slicegpt_fast.export import export_graph, export_plain
     from slicegpt_fast.patching import patch_model, patch_report, unpatch_model
     from slicegpt_fast.published import import_reference
-    from slicegpt_fast.slicing import SliceOptions, slice_model
+    from slicegpt_fast.slicing import SliceOptions, dequantize_model, quantize_model, slice_model
     from slicegpt_fast.streaming import slice_checkpoint
 
 __all__ = [
     "InputError",
     "SliceOptions",
+    "dequantize_model",
+    "export_graph",
     "export_plain",
     "import_reference",
     "load_model",
@@ -28,6 +30,7 @@ __all__ = [
     "patch_model",
     "patch_report",
     "perplexity",
+    "quantize_model",
     "save_model",
     "slice_checkpoint",
     "slice_model",

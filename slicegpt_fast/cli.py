@@ -1,4 +1,4 @@
-"""The command line: quickstart, slice, eval, generate, bench, export, info, tune.
+"""The command line: quickstart, slice, quantize, eval, generate, bench, export, info, tune.
 
 Whatever takes long to import is imported inside the commands.
 """
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from slicegpt_fast.quantization import Precision
+    from slicegpt_fast.quantization.plan import Method
     from slicegpt_fast.slicing import SliceOptions
     from slicegpt_fast.slicing.options import Basis, RoundTo
 
 TRIED = 4  # of the calibration sequences, one in so many compares the plans of --basis auto
+GROUP = 32  # columns that share a scale at 4 bits, unless --group says another number
 HELD_OUT = 16  # windows that `slice` measures perplexity on, as far as the text goes
 
 console = Console(soft_wrap=True, markup=False, highlight=False)
@@ -67,7 +70,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-TEXT, RUN = "Text", "Running"  # panels of options in the help
+TEXT, TASKS, RUN = "Text", "Tasks", "Running"  # panels of options in the help
 
 # Arguments and options of several commands.
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder or GGUF file.", show_default=False)]
@@ -174,6 +177,15 @@ RoundToText = Annotated[
     str | None, typer.Option(metavar="N", help="Make kept sizes multiples of this; auto: of the device's tile.")
 ]
 SliceHead = Annotated[bool, typer.Option("--slice-head", help="Slice the head too; shared always does.")]
+Bits = Annotated[
+    int | None, typer.Option(metavar="8|4", help="Round the weights to 8 or 4 bits, on the same text. Default: as cut.")
+]
+Group = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Columns that share a scale at 4 bits: 32, 64 or 128. Default: 32.", show_default=False
+    ),
+]
 Stream = Annotated[
     bool | None,
     typer.Option(
@@ -188,6 +200,30 @@ Sequences = Annotated[int, typer.Option(metavar="N", min=1, help="Sequences to c
 Seed = Annotated[
     int,
     typer.Option(metavar="N", help="Shuffles the documents: files, or rows of the dataset.", rich_help_panel=TEXT),
+]
+
+# Options of `eval`.
+TaskNames = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Tasks of lm-eval in place of text, with commas between them; pip install 'slicegpt-fast\\[tasks]'.",
+        rich_help_panel=TASKS,
+    ),
+]
+TaskFolder = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of more tasks (.yaml); Python functions that they name are run.",
+        rich_help_panel=TASKS,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Only the first N documents of each task. Default: all.", rich_help_panel=TASKS
+    ),
 ]
 
 # Options of `bench`.
@@ -249,6 +285,7 @@ def quickstart(
         "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --cut channels --uniform --out to-export",
         "slicegpt-fast slice meta-llama/Llama-2-7b-hf --dataset wikitext2 --sparsity 0.25 --out llama-sliced",
         "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --basis auto --out best",
+        "slicegpt-fast slice ./model --text corpus/ --target-params 0.8 --bits 4 --out smallest",
         "slicegpt-fast slice ./large-model --dataset c4 --sparsity 0.25 --stream --out large-sliced",
     ),
 )
@@ -269,6 +306,8 @@ def slice_(
     refit: Refit = False,
     round_to: RoundToText = None,
     slice_head: SliceHead = False,
+    bits: Bits = None,
+    group: Group = None,
     stream: Stream = None,
     text: Text = None,
     text_field: TextField = None,
@@ -312,10 +351,16 @@ def slice_(
     documents = _documents(text, dataset, "calibration", split, text_field)
     described = dataset or ", ".join(path.name for path in text or [])
     job = SliceJob(model, out, documents, described, length, sequences, seed, _dtype(dtype), _device(device))
+    precision = _precision(bits, group, "gptq")
     if _streams(stream, job, passes=2 if refit or search or "stream" in options.axes else 1):
+        if precision is not None:
+            raise InputError(
+                "--bits rounds a model in memory: slice it from file to file without it, then use quantize, or give "
+                "--no-stream."
+            )
         _slice_in_files(job, options, search=search)
     else:
-        _slice_in_memory(job, options, search=search)
+        _slice_in_memory(job, options, precision, search=search)
 
 
 @dataclass(frozen=True)
@@ -402,7 +447,7 @@ def _slice_in_files(job: SliceJob, options: "SliceOptions", *, search: bool) -> 
     console.print(_facts(describe(str(job.out))))
 
 
-def _slice_in_memory(job: SliceJob, options: "SliceOptions", *, search: bool) -> None:
+def _slice_in_memory(job: SliceJob, options: "SliceOptions", precision: "Precision | None", *, search: bool) -> None:
     from slicegpt_fast import workflow
 
     progress = errors.is_terminal
@@ -412,9 +457,10 @@ def _slice_in_memory(job: SliceJob, options: "SliceOptions", *, search: bool) ->
     if search:
         options, plots["plans.png"] = _search(dense, calibration, options)
     sliced = workflow.slice_windows(dense, calibration, options, progress=progress)
-    note = f"Perplexity: the next {len(held_out)} sequences of {job.length} tokens of the text."
-    if not len(held_out):
-        note = "Perplexity: not measured, calibration took all of the text."
+    if precision is not None:
+        quantised = workflow.quantize_windows(sliced.model, calibration, precision, progress=progress)
+        sliced = replace(sliced, model=quantised)
+    note = _on_text(held_out)
     measures = workflow.measure(dense, sliced, {"perplexity": held_out}, progress=progress)
     sliced = replace(sliced, files={**sliced.files, **plots})
     saved = workflow.save(sliced, tokenizer, job.out, measures, job.text)
@@ -447,9 +493,95 @@ def _search(
 
 
 @app.command(
+    epilog=examples(
+        "slicegpt-fast quantize small --bits 4 --text corpus/ --out smallest",
+        "slicegpt-fast quantize ./model --bits 8 --out model-8-bits",
+    )
+)
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New folder for the quantised model.")],
+    bits: Annotated[int, typer.Option(metavar="8|4", help="Bits of the weights in the decoder layers.")],
+    group: Group = None,
+    method: Annotated[
+        Literal["gptq", "nearest"] | None,
+        typer.Option(
+            metavar="METHOD",
+            help="gptq: with error feedback on the text; nearest: each weight by itself. Default: gptq with text.",
+            show_default=False,
+        ),
+    ] = None,
+    tables: Annotated[int, typer.Option(metavar="8|16", help="Bits of the embedding table and the head.")] = 8,
+    text: Text = None,
+    text_field: TextField = None,
+    dataset: DatasetName = None,
+    split: Split = None,
+    sequences: Sequences = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Round the weights of a dense or sliced model to 8 or 4 bits, print what that did, and save it.
+
+    With text, error feedback lets each weight make up for the rounding of those before it. Perplexity is measured on up
+    to 16 sequences that follow those for calibration.
+    """
+    import torch
+
+    from slicegpt_fast import workflow
+    from slicegpt_fast.checkpoint import check_writable
+    from slicegpt_fast.slicing import slice_config_of
+
+    check_writable(out)
+    precision = _precision(bits, group, method or ("gptq" if text or dataset else "nearest"), tables)
+    assert precision is not None
+    calibration, held_out = None, torch.empty(0, length)
+    documents = _documents(text, dataset, "calibration", split, text_field) if text or dataset else []
+    described = dataset or ", ".join(path.name for path in text or [])
+    job = SliceJob(model, out, documents, described, length, sequences, seed, _dtype(dtype), _device(device))
+    progress = errors.is_terminal
+    before, tokenizer = workflow.load(model, dtype=job.dtype, device=job.device)
+    if documents:
+        calibration, held_out = job.windows(before.config, tokenizer)
+    made = workflow.quantize_windows(before, calibration, precision, progress=progress)
+    written = slice_config_of(made)
+    assert written is not None
+    quantised = workflow.Sliced(made, written.plan(), {})
+    measures = workflow.measure(before, quantised, {"perplexity": held_out}, progress=progress)
+    figures = [] if slice_config_of(before) else measures  # the card compares with the dense model
+    saved = workflow.save(quantised, tokenizer, out, figures, described)
+    note = _on_text(held_out) if documents else "Perplexity: not measured, no text was given."
+    console.print(workflow.compare(model, before, quantised, measures, note))
+    console.print(saved)
+
+
+def _precision(bits: int | None, group: int | None, method: "Method", tables: int = 8) -> "Precision | None":
+    """What weights are to be rounded to; None where no bits are given."""
+    from slicegpt_fast.quantization import Precision
+
+    if bits is None:
+        if group is not None:
+            raise InputError("--group says which columns share a scale at 4 bits: give --bits 4 with it.")
+        return None
+    if bits == 4 and group is None:
+        group = GROUP
+    return Precision(cast(Any, bits), cast(Any, group), cast(Any, tables), method)
+
+
+def _on_text(held_out: "Tensor") -> str:
+    """What stands below a table about perplexity on windows [n, length]."""
+    if not len(held_out):
+        return "Perplexity: not measured, calibration took all of the text."
+    return f"Perplexity: the next {len(held_out)} sequences of {held_out.shape[1]} tokens of the text."
+
+
+@app.command(
     "eval",
     epilog=examples(
-        "slicegpt-fast eval llama-sliced --dataset wikitext2", "slicegpt-fast eval ./model --text held-out.txt"
+        "slicegpt-fast eval llama-sliced --dataset wikitext2",
+        "slicegpt-fast eval ./model --text held-out.txt",
+        "slicegpt-fast eval llama-sliced --dense ./llama --tasks piqa,arc_easy,hellaswag,winogrande",
     ),
 )
 def evaluate(
@@ -462,18 +594,57 @@ def evaluate(
         int | None, typer.Option(metavar="N", min=1, help="Only the first N. Default: all.", rich_help_panel=TEXT)
     ] = None,
     length: Length = 2048,
+    tasks: TaskNames = None,
+    task_folder: TaskFolder = None,
+    limit: Limit = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences at a time.", rich_help_panel=TASKS)] = 1,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The model that MODEL was sliced from, to compare with.", rich_help_panel=TASKS
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Perplexity of a dense or sliced model on text, cut into sequences without overlap."""
+    """Perplexity of a dense or sliced model on text, cut into sequences without overlap; or its scores on tasks."""
     from slicegpt_fast.calibration import batched
     from slicegpt_fast.evaluation import perplexity
 
+    if tasks is not None:
+        if text or dataset:
+            raise InputError("give --tasks, or --text or --dataset: one of the three.")
+        _score(model, dense, tasks.split(","), task_folder, limit, batch, dtype, device)
+        return
+    if dense or task_folder or limit:
+        raise InputError("--dense, --task-folder and --limit belong to --tasks: leave them out, or name tasks.")
     documents = _documents(text, dataset, "evaluation", split, text_field)
     loaded, tokenizer = _load(model, dtype, device)
     windows = _windows(loaded.config, tokenizer, documents, length, sequences or 1, sequences)
     value = perplexity(loaded, batched(windows), progress=errors.is_terminal)
     console.print(f"perplexity {value:.4f} ({len(windows)} sequences of {length} tokens, {loaded.dtype})")
+
+
+def _score(
+    model: str,
+    dense: str | None,
+    names: list[str],
+    folder: Path | None,
+    limit: int | None,
+    batch: int,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Print the scores of a model on tasks, beside those of the dense one where that is given."""
+    from slicegpt_fast.tables import score_table
+    from slicegpt_fast.tasks import Tasks
+
+    tasks = Tasks(names, folder=folder, limit=limit)
+    scores = {}
+    for name, source in (("dense", dense), ("sliced" if dense else "score", model)):
+        if source is not None:
+            scores[name] = tasks.scores(*_load(source, dtype, device), batch_size=batch)
+    console.print(score_table(model, scores))
 
 
 @app.command(epilog=examples('slicegpt-fast generate llama-sliced --prompt "The first telescope" --max-new-tokens 100'))
@@ -573,19 +744,39 @@ def _contenders(
     return models
 
 
-@app.command(epilog=examples("slicegpt-fast export llama-sliced --out llama-plain"))
+@app.command(
+    epilog=examples(
+        "slicegpt-fast export llama-sliced --out llama-plain",
+        "slicegpt-fast export llama-sliced --to onnx --out llama-onnx",
+    )
+)
 def export(
-    model: Model, out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the plain checkpoint.")]
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for what is written.")],
+    to: Annotated[
+        Literal["plain", "onnx", "openvino"],
+        typer.Option(metavar="TARGET", help="plain checkpoint, or a graph for ONNX Runtime (onnx) or openvino."),
+    ] = "plain",
 ) -> None:
-    """Write a model as a plain checkpoint that needs nothing of this package.
+    """Write a model for other runtimes: what is written needs nothing of this package.
 
-    It must be cut with --cut channels --uniform, or sliced with --basis shared. Stock transformers, vLLM and
-    llama.cpp's converter read it: see docs/export.md.
+    plain: a checkpoint that stock transformers, vLLM and llama.cpp's converter read. The model must be cut with
+    --cut channels --uniform, or sliced with --basis shared.
+
+    onnx, openvino: a graph in fp32 with a cache, of any model. pip install 'slicegpt-fast\\[onnx]'.
+
+    See docs/export.md.
     """
     from slicegpt_fast.checkpoint import check_writable
-    from slicegpt_fast.export import export_plain
+    from slicegpt_fast.export import check_runtime, export_graph, export_plain
 
     check_writable(out)
+    if to != "plain":
+        check_runtime(to)
+        loaded, tokenizer = _load(model, None, "cpu")
+        export_graph(loaded, out, tokenizer, runtime=to)
+        console.print(f"Saved to {out}: a graph of {loaded.config.model_type} for {to}, in fp32.")
+        return
     loaded, tokenizer = _load(model, None, "cpu")
     config = export_plain(loaded, out, tokenizer)
     padding = config.hidden_size - loaded.get_input_embeddings().embedding_dim

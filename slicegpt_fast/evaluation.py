@@ -8,8 +8,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import evaluating
+from slicegpt_fast.architectures import architecture_of, evaluating
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.quantization import QuantizedLinear, count_parameters
 from slicegpt_fast.slicing.batches import Batch, check_iterable, checked
 
 ROWS_PER_STEP = 256  # bounds the fp32 copy of the logits: 50 MB at a vocabulary of 49152
@@ -63,8 +64,11 @@ def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
 
 
 def stored_parameters(model: nn.Module) -> int:
-    """Number of parameters of the model; a tensor that several modules share (a tied head) counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters of the model; a tensor that several modules share (a tied head) counts once.
+
+    A matrix of 8 or 4 bits counts as many as it stands for, and its scales none.
+    """
+    return count_parameters(model)
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -84,14 +88,19 @@ def flops_per_token(model: PreTrainedModel) -> int:
 
 def read_bytes(model: PreTrainedModel) -> int:
     """Bytes of weights that a token's forward pass reads: of the matrices that :func:`flops_per_token` counts."""
-    return sum(used * matrix.element_size() for used, matrix in _matrices(model))
+    return sum(size for _, size in _matrices(model))
 
 
-def _matrices(model: PreTrainedModel) -> Iterator[tuple[int, Tensor]]:
-    """Every matrix, or stack of experts, that a token is multiplied with, after how many of its weights that takes."""
+def _matrices(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
+    """How many weights of every matrix, or stack of experts, a token is multiplied with, and their bytes."""
     for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            size = sum(each.numel() * each.element_size() for each in (module.weight, module.scales))
+            yield module.in_features * module.out_features, size
+            continue
         for parameter in module.parameters(recurse=False):
+            used = parameter.numel()
             if parameter.ndim == 3:
-                yield parameter.numel() // parameter.shape[0] * model.config.num_experts_per_tok, parameter
-            elif parameter.ndim == 2 and not isinstance(module, nn.Embedding):
-                yield parameter.numel(), parameter
+                used = used // parameter.shape[0] * architecture_of(model.config).experts_of(model.config)
+            if parameter.ndim == 3 or (parameter.ndim == 2 and not isinstance(module, nn.Embedding)):
+                yield used, used * parameter.element_size()

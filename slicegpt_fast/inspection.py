@@ -2,9 +2,9 @@
 
 from slicegpt_fast.checkpoint import load_skeleton
 from slicegpt_fast.errors import InputError
-from slicegpt_fast.evaluation import stored_parameters
+from slicegpt_fast.evaluation import stored_bytes, stored_parameters
 from slicegpt_fast.slicing import SlicePlan, block_parameters, slice_config_of
-from slicegpt_fast.slicing.layers import narrow_
+from slicegpt_fast.slicing.format import shape_
 from slicegpt_fast.slicing.summary import kept_directions, kept_sizes, shortcuts
 from slicegpt_fast.tables import decimal
 
@@ -26,13 +26,15 @@ def describe(source: str) -> dict[str, str]:
     except InputError as error:
         return {**facts, "sliced": f"no, and it cannot be: {error}"}
     if slice_config := slice_config_of(config):
-        plan = slice_config.plan()
+        plan, precision = slice_config.plan(), slice_config.rounding()
         facts |= {"sliced": _basis(plan), "calibrated on": f"{slice_config.calibration_tokens} tokens"}
         if plan.cuts_layers:
             facts["sizes kept"] = kept_sizes(model, plan)
-        else:
+        elif plan.cuts:
             facts["directions kept"] = f"{kept_directions(plan)}, {plan.widths[-1]} at the head"
-        narrow_(model, plan)
+        if precision is not None:
+            facts["weights"] = str(precision)
+        shape_(model, slice_config)
     else:
         facts["sliced"] = "no, but it can be"
     blocks = block_parameters(model)
@@ -40,11 +42,14 @@ def describe(source: str) -> dict[str, str]:
         **facts,
         "stored parameters": decimal(stored_parameters(model)),
         "  in decoder blocks": f"{decimal(blocks)} ({blocks / dense_blocks:.3f} of the dense model's)",
+        "bytes": f"{decimal(stored_bytes(model))}B",
     }
 
 
 def _basis(plan: SlicePlan) -> str:
     """How the residual stream was sliced, if it was."""
+    if not plan.cuts:
+        return "no"
     if plan.basis is None:
         return "in its layers; the residual stream is the dense model's"
     return f"{plan.basis} basis, {plan.signal} signal, {shortcuts(plan)}"

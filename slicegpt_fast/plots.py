@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from slicegpt_fast.architectures import Axis
 from slicegpt_fast.benchmark import Speeds
 from slicegpt_fast.slicing import Bases, SlicePlan
-from slicegpt_fast.slicing.options import Axis
 from slicegpt_fast.slicing.summary import kept_directions
 
 FLOOR = 1e-12  # a share of the variance below this is rounding

@@ -1,6 +1,6 @@
 """What a slice did and how fast it runs, as tables for people."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Group
@@ -14,6 +14,7 @@ from slicegpt_fast.search import Trial
 from slicegpt_fast.slicing import CutResult, SlicePlan, block_parameters
 from slicegpt_fast.slicing.card import Figure
 from slicegpt_fast.slicing.summary import kept_directions, kept_sizes, span
+from slicegpt_fast.tasks import Score
 
 
 class Measure(NamedTuple):
@@ -58,15 +59,19 @@ def size_notes(dense: PreTrainedModel, sliced: PreTrainedModel) -> list[str]:
 
 def plan_title(name: str, dense: PreTrainedModel, plan: SlicePlan) -> str:
     """What stands above the results of a slice."""
+    if not plan.cuts:
+        return name
     if plan.cuts_layers:
         return f"{name}, {kept_sizes(dense, plan)}"
     return f"{name}, {plan.basis} basis, {plan.signal} signal, {kept_directions(plan)} directions kept"
 
 
-def comparison(title: str, measures: Iterable[Measure], notes: Iterable[str]) -> Group:
-    """The table dense | sliced | sliced / dense, with notes below it."""
+def comparison(
+    title: str, measures: Iterable[Measure], notes: Iterable[str], *, names: tuple[str, str] = ("dense", "sliced")
+) -> Group:
+    """The table dense | sliced | sliced / dense, with notes below it; ``names`` are what the two models are called."""
     table = Table("", title=title, title_justify="left", title_style="bold")
-    for name in ("dense", "sliced", "sliced / dense"):
+    for name in (*names, " / ".join(names[::-1])):
         table.add_column(name, justify="right")
     for label, dense, sliced, form in measures:
         table.add_row(label, form(dense), form(sliced), f"{sliced / dense:.3f}")
@@ -100,6 +105,20 @@ def cut_table(result: CutResult) -> Table:
         cut = (span(each) if each else "as before" for each in (sizes.channels, sizes.values))
         added = "" if trial.added is None else f"{trial.added:.3f}"
         table.add_row(str(sizes.width), *cut, f"{sizes.stored:.3f}", f"{sizes.loss:.3f}", added)
+    return table
+
+
+def score_table(title: str, scores: Mapping[str, Sequence[Score]]) -> Table:
+    """The scores of one model, or of two and what the second keeps of the first's; the keys head the columns."""
+    table = Table("task", "metric", title=title, title_justify="left", title_style="bold")
+    for name in (*scores, *(["recovery"] if len(scores) > 1 else [])):
+        table.add_column(name, justify="right")
+    for row in zip(*scores.values(), strict=True):
+        cells = [f"{each.value:.4f}" + ("" if each.error is None else f" ± {each.error:.4f}") for each in row]
+        if len(row) > 1:
+            share = row[-1].recovery(row[0])
+            cells.append("" if share is None else f"{share:.1%}")
+        table.add_row(row[0].task, row[0].metric, *cells)
     return table
 
 

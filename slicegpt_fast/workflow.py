@@ -18,6 +18,7 @@ from slicegpt_fast.calibration import batched
 from slicegpt_fast.checkpoint import load_model, load_tokenizer, save_model
 from slicegpt_fast.evaluation import perplexity
 from slicegpt_fast.plots import plot_sizes, plot_spectra
+from slicegpt_fast.quantization import Precision
 from slicegpt_fast.slicing import (
     CutResult,
     SliceOptions,
@@ -26,6 +27,8 @@ from slicegpt_fast.slicing import (
     cut_to_budget,
     dense_sizes,
     fit_bases,
+    quantize_model,
+    slice_config_of,
 )
 from slicegpt_fast.tables import Measure, comparison, cut_table, figures, plan_title, size_measures, size_notes
 
@@ -66,6 +69,15 @@ def slice_windows(dense: PreTrainedModel, calibration: Tensor, options: SliceOpt
     return Sliced(sliced, bases.plan, {"spectra.png": partial(plot_spectra, bases)})
 
 
+def quantize_windows(
+    model: PreTrainedModel, calibration: Tensor | None, precision: Precision, *, progress: bool
+) -> PreTrainedModel:
+    """Return what rounding to ``precision`` makes of a model by windows of tokens [n, length], if there are any."""
+    asked = asdict(precision)
+    batches = None if calibration is None else batched(calibration)
+    return quantize_model(model, asked.pop("bits"), **asked, calibration=batches, progress=progress)
+
+
 def _files_of_cut(dense: PreTrainedModel, result: CutResult) -> dict[str, Callable[[Path], object]]:
     """The sizes of the layers where these are cut, the spectrum of the stream where it is, and all that was tried."""
     files: dict[str, Callable[[Path], object]] = {}
@@ -97,7 +109,11 @@ def measure(dense: PreTrainedModel, sliced: Sliced, held_out: Mapping[str, Tenso
 def compare(name: str, dense: PreTrainedModel, sliced: Sliced, measures: Sequence[Measure], note: str) -> Group:
     """Return the table of what was measured, with ``note`` on the perplexity below it."""
     notes = [*size_notes(dense, sliced.model), note]
-    return comparison(plan_title(name, dense, sliced.plan), measures, notes)
+    slice_config = slice_config_of(sliced.model)
+    precision = slice_config and slice_config.rounding()
+    title = ", ".join([plan_title(name, dense, sliced.plan), *([str(precision)] if precision else [])])
+    names = ("dense", "sliced") if slice_config_of(dense) is None and sliced.plan.cuts else ("before", "quantised")
+    return comparison(title, measures, notes, names=names)
 
 
 def save(
@@ -119,4 +135,4 @@ def save(
 
     save_model(sliced.model, folder, tokenizer, also=write, figures=figures(measures), text=text)
     listed = " and ".join(f"its {Path(name).stem} in {folder / name}" for name in sliced.files)
-    return f"Saved to {folder}, with {listed}."
+    return f"Saved to {folder}, with {listed}." if listed else f"Saved to {folder}."

@@ -11,6 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
+from models import LATER
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
@@ -18,7 +20,21 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+# The tests that are fast for every family; all others of one in LATER are slow.
+FOR_ALL_FAMILIES = (
+    "test_channels_of_a_feed_forward_network",
+    "test_values_of_an_attention",
+    "test_heads_of_an_attention",
+    "test_no_sparsity_leaves_the_logits",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        later = parameters is not None and parameters.params.get("family") in LATER
+        if later and item.originalname not in FOR_ALL_FAMILIES:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -61,7 +61,7 @@ class TestExtension:
     def test_operands_are_matrices_and_vectors(self, operand, error):
         square = torch.eye(4)
         with pytest.raises(error):
-            _C.norm_linear(operand, square, None, None, None, square, 0, 1e-5, 4.0, 0, 0, 1)
+            _C.norm_linear(operand, square, None, None, None, None, square, 0, 1e-5, 4.0, 0, 0, 0, 1)
 
     def test_shares_no_library_with_torch_and_exports_no_cuda(self):
         assert not re.search(r"NEEDED.*(cuda|cudart|torch|c10|python)", output("readelf", "-dW", _C.__file__))

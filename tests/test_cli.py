@@ -25,9 +25,10 @@ from slicegpt_fast.ops import tuning
 from slicegpt_fast.ops.backends import smoke
 from slicegpt_fast.ops.backends.smoke import CASES, Outcome
 from slicegpt_fast.patching import op_requests
-from slicegpt_fast.slicing import SliceOptions, cut_to_budget
+from slicegpt_fast.slicing import SliceOptions, cut_to_budget, slice_config_of
 from slicegpt_fast.slicing.summary import kept_sizes
 from slicegpt_fast.tables import plan_title
+from slicegpt_fast.tasks import Score
 
 LENGTH = 16
 
@@ -333,6 +334,31 @@ class TestSlice:
         assert f"Invalid value for '{option[0]}'" in result.stderr
 
 
+class TestQuantize:
+    @pytest.mark.parametrize("options", [("--bits", 8), ("--bits", 4), ("--bits", 4, "--group", 64)])
+    def test_with_and_without_text(self, options, model, texts, tmp_path):
+        printed = ran("quantize", model, *options, "--out", tmp_path / "nearest")
+        assert "rounded by nearest" in printed
+        assert "not measured" in printed
+        sizes = ("--length", LENGTH, "--sequences", 4)
+        printed = ran("quantize", model, *options, "--text", texts, *sizes, "--out", tmp_path / "gptq")
+        assert "rounded by gptq" in printed
+        assert f"{options[1]} bits" in ran("info", tmp_path / "gptq")
+        assert load_model(tmp_path / "gptq").get_memory_footprint() < load_model(model).get_memory_footprint() / 2
+
+    def test_slicing_in_one_go(self, model, texts, tmp_path):
+        sizes = ("--text", texts, "--length", LENGTH, "--sequences", 4)
+        printed = ran("slice", model, "--target-params", 0.8, "--bits", 8, *sizes, "--out", tmp_path / "both")
+        assert "8 bits" in printed
+        assert slice_config_of(load_model(tmp_path / "both")).plan().cuts_layers
+
+    def test_wrong_bits(self, model, tmp_path):
+        result = run("quantize", model, "--bits", 3, "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert "error: bits must be 8 or 4, not 3." in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
 class TestEval:
     @pytest.mark.parametrize("sequences", [3, None])
     def test_text(self, model, texts, sequences):
@@ -373,12 +399,77 @@ class TestEval:
         message = "--text-field belongs to --text: leave it out with --dataset."
         assert error_of("eval", model, "--dataset", "ptb", "--text-field", "body") == message
 
+    def test_tasks(self, model, monkeypatch, tmp_path):
+        """Dense beside sliced, with what is recovered; the scores are a stand-in's."""
+        sliced = slice_model(load_model(model), [torch.arange(64).view(2, 32)], sparsity=0.25, progress=False)
+        save_model(sliced, tmp_path / "sliced", word_tokenizer())
+        asked = []
+
+        class Tasks:
+            def __init__(self, names, **options):
+                asked.append((names, options))
+
+            def scores(self, loaded, tokenizer, **options):
+                value = 0.5 if slice_config_of(loaded) is None else 0.4
+                asked.append((str(loaded.dtype), options))
+                return [Score("piqa", "acc", value, 0.01, True), Score("wiki", "perplexity", 10 / value, None, False)]
+
+        monkeypatch.setattr("slicegpt_fast.tasks.Tasks", Tasks)
+        options = ["--tasks", "piqa,wiki", "--task-folder", tmp_path, "--limit", 7, "--batch", 3]
+        output = ran("eval", tmp_path / "sliced", "--dense", model, *options, "--dtype", "bfloat16")
+        named = (["piqa", "wiki"], dict(folder=tmp_path, limit=7))
+        assert asked == [named, *[("torch.bfloat16", dict(batch_size=3))] * 2]
+        cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
+        assert cells == [
+            ["piqa", "acc", "0.5000 ± 0.0100", "0.4000 ± 0.0100", "80.0%"],
+            ["wiki", "perplexity", "20.0000", "25.0000", "80.0%"],
+        ]
+        assert "recovery" in output
+        output = ran("eval", model, "--tasks", "piqa")
+        assert "0.5000 ± 0.0100" in output
+        assert "recovery" not in output
+
+    def test_tasks_or_text(self, model, texts):
+        message = "give --tasks, or --text or --dataset: one of the three."
+        assert error_of("eval", model, "--tasks", "piqa", "--text", texts) == message
+        message = "--dense, --task-folder and --limit belong to --tasks: leave them out, or name tasks."
+        for option in (["--dense", model], ["--task-folder", texts], ["--limit", 3]):
+            assert error_of("eval", model, "--text", texts, *option) == message
+
     def test_no_text(self, model):
         assert error_of("eval", model) == "give either --text or --dataset."
 
     def test_no_model(self, tmp_path, texts):
         message = error_of("eval", tmp_path / "gone", "--text", texts)
         assert message == f"{tmp_path / 'gone'} does not exist: give a hub id, a local folder or a GGUF file."
+
+
+class TestExport:
+    def test_plain(self, model, tmp_path):
+        windows = [torch.arange(64).view(2, 32)]
+        sliced = slice_model(load_model(model), windows, sparsity=0.27, round_to=1, basis="shared", progress=False)
+        save_model(sliced, tmp_path / "sliced", word_tokenizer())
+        output = ran("export", tmp_path / "sliced", "--out", tmp_path / "plain")
+        size = "llama, hidden size 36, 1 of it zeros that llama's config asks for"
+        assert output == f"Saved to {tmp_path / 'plain'}: {size}.\n"
+        assert load_model(tmp_path / "plain").config.hidden_size == 36
+
+    @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+    def test_graph(self, model, tmp_path, monkeypatch, runtime):
+        asked = []
+
+        def export_graph(loaded, out, tokenizer, *, runtime):
+            asked.append((type(loaded).__name__, out, tokenizer("the cat").input_ids, runtime))
+
+        monkeypatch.setattr("slicegpt_fast.export.export_graph", export_graph)
+        output = ran("export", model, "--to", runtime, "--out", tmp_path / "graph")
+        assert output == f"Saved to {tmp_path / 'graph'}: a graph of llama for {runtime}, in fp32.\n"
+        assert asked == [("LlamaForCausalLM", tmp_path / "graph", word_tokenizer()("the cat").input_ids, runtime)]
+
+    def test_what_is_missing_is_said_before_the_model_is_loaded(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("slicegpt_fast.errors.find_spec", lambda name: None)
+        message = error_of("export", tmp_path / "no model", "--to", "onnx", "--out", tmp_path / "graph")
+        assert message == "the package onnx is not installed: pip install 'slicegpt-fast[onnx]' brings it."
 
 
 class TestGenerate:

@@ -8,7 +8,7 @@ from models import tiny_model, tokens
 from transformers import BertConfig
 
 from slicegpt_fast import InputError, save_model, slice_model
-from slicegpt_fast.evaluation import stored_parameters
+from slicegpt_fast.evaluation import stored_bytes, stored_parameters
 from slicegpt_fast.inspection import describe
 from slicegpt_fast.slicing import block_parameters
 from slicegpt_fast.tables import decimal
@@ -24,6 +24,7 @@ def test_dense(tmp_path):
         "sliced": "no, but it can be",
         "stored parameters": decimal(stored_parameters(model)),
         "  in decoder blocks": f"{decimal(block_parameters(model))} (1.000 of the dense model's)",
+        "bytes": f"{decimal(stored_bytes(model))}B",
     }
 
 
@@ -63,6 +64,7 @@ def test_sliced(arguments, sliced, kept, tmp_path):
         "directions kept": kept,
         "stored parameters": decimal(stored_parameters(model)),
         "  in decoder blocks": f"{decimal(block_parameters(model))} ({share:.3f} of the dense model's)",
+        "bytes": f"{decimal(stored_bytes(model))}B",
     }
 
 
@@ -95,6 +97,7 @@ def test_cut(arguments, sliced, kept, tmp_path):
         "sizes kept",
         "stored parameters",
         "  in decoder blocks",
+        "bytes",
     }
     assert (facts["sliced"], facts["calibrated on"]) == (sliced, "128 tokens")
     assert re.fullmatch(kept, facts["sizes kept"])
@@ -112,7 +115,7 @@ def test_a_family_that_cannot_be_sliced(tmp_path):
     BertConfig(is_decoder=True).save_pretrained(tmp_path)
     facts = describe(str(tmp_path))
     assert facts.keys() == {"model type", "dtype", "sliced"}
-    assert facts["sliced"].startswith("no, and it cannot be: model type 'bert' is not supported: ")
+    assert facts["sliced"].startswith("no, and it cannot be: model type 'bert' cannot be sliced: ")
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import typer
-from models import tiny_model
+from models import FAMILIES, ROWS, sparse_layers, tiny_model, tokens
 from texts import TEXT, word_tokenizer
 
 import slicegpt_fast as sf
-from slicegpt_fast.architectures.table import ARCHITECTURES, REFUSED, Architecture
+from slicegpt_fast.architectures.table import ARCHITECTURES
 from slicegpt_fast.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +56,12 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
             assert sf.patch_report(namespace["sliced"]).fused == 7
             assert namespace["reloaded"].num_parameters() == namespace["sliced"].num_parameters()
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1] == "llama 32"
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "smaller", "even", "plain"}
+    assert printed[-2] == "llama 32"
+    text = torch.tensor(namespace["text"])  # what the graph made of a prompt, 20 tokens long
+    with torch.no_grad():
+        likeliest = namespace["sliced"](text).logits.argmax(-1)
+    assert torch.equal(likeliest[:, -21:-1], text[:, -20:])
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "smaller", "even", "plain", "graph"}
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -149,22 +154,46 @@ def test_perplexities_are_the_committed_ones():
     assert stated.groups() == tuple(f"{each:.1f}" for each in levels)
 
 
+def models_of_the_readme():
+    """The cells of each family, by its model type."""
+    known = {re.sub(r"\W|_", "", name.lower()): name for name in ARCHITECTURES}
+    return {
+        known[re.sub(r"\W", "", family.lower())]: cells
+        for families, *cells in rows(section("Models"))
+        for family in re.split(", | / ", families)
+        if family != "Pythia"  # GPT-NeoX under another name
+    }
+
+
 def test_the_table_of_models_is_the_table_of_the_code():
-    plain = {re.sub(r"\W", "", name.lower()): name for name in (*ARCHITECTURES, *REFUSED)}
-    known = {name.replace("_", ""): key for name, key in plain.items()}
-    found = {}
-    for families, *cells in rows(section("Models")):
-        for family in re.split(", | / ", families):
-            if family != "Pythia":  # GPT-NeoX under another name
-                found[known[re.sub(r"\W", "", family.lower())]] = cells
-    assert found.keys() == (ARCHITECTURES.keys() | REFUSED.keys()) - {"gemma3_text"}
-    for name, (slicing, patching, export) in found.items():
-        row = ARCHITECTURES.get(name)
-        if row is None:
-            assert (slicing, patching, export) == ("no", "no", "no")
-            continue
-        if not isinstance(row, Architecture):
-            assert (slicing[:3], patching, export) == ("yes", "sliced", "no")  # all of them have LayerNorms
-            continue
+    found = models_of_the_readme()
+    assert found.keys() == ARCHITECTURES.keys()
+    for family, (model_type, _) in FAMILIES.items():
+        slicing, cuts, _, _, export = found[model_type]
+        row = ROWS[family]
         assert ("slice_head" in slicing) == row.keeps_width
-        assert (export == "no", patching == "sliced") == (row.centered, row.centered)
+        assert cuts == (", ".join(axis for axis in row.axes if axis != "stream") or "none")
+        assert export.startswith("yes") == (row.resizable and not row.centered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_of_models_says_what_is_patched(family):
+    _, _, parts, steps, _ = models_of_the_readme()[FAMILIES[family][0]]
+    model = sf.slice_model(tiny_model(family), [tokens(4, 32)], sparsity=0.2, basis="shared", progress=False)
+    report = sf.patch_report(sf.patch_model(model))
+    unfused = {row.layer.rpartition(".")[2] for row in report.rows if row.reason}
+    assert (parts, unfused) in [
+        ("all", set()),
+        ("attention", {"feedforward"}),
+        ("all but experts", {"feedforward"}),
+        ("all but experts", {"block"}),
+    ]
+    native = "native call" in report.steps
+    assert native == (steps in ("yes", "once sliced", "between experts")) or not every_layer(family)
+    assert (steps == "once sliced") <= ROWS[family].centered
+
+
+def every_layer(family):
+    """Whether a family's tiny model has a layer without what native steps do not know: experts, query norms."""
+    return family != "phi" and sparse_layers(tiny_model(family)) < 3

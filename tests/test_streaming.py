@@ -91,8 +91,8 @@ def test_every_family(family, tmp_path):
     save_model(slice_model(load_model(source), CALIBRATION, **arguments), tmp_path / "expected")
     slice_checkpoint(source, tmp_path / "out", CALIBRATION, activations="disk", **arguments)
     assert_same(tmp_path / "out", tmp_path / "expected")
-    ids = tokens(1, 9)
-    assert torch.equal(load_model(tmp_path / "out")(ids).logits, load_model(tmp_path / "expected")(ids).logits)
+    out, expected = (load_model(tmp_path / name)(tokens(1, 9)).logits for name in ("out", "expected"))
+    torch.testing.assert_close(out, expected)  # of the same weights, at other addresses
 
 
 ARGUMENTS = dict(target_params=0.9, basis=3, shortcut="aligned", refit=True, schedule="variance", round_to=1)
@@ -405,12 +405,12 @@ class TestCheckpoints:
 
     def test_another_kind_of_model_is_refused(self, tmp_path):
         BertConfig().save_pretrained(tmp_path / "bert")
-        with pytest.raises(InputError, match="model type 'bert' is not supported"):
+        with pytest.raises(InputError, match="model type 'bert' cannot be sliced"):
             self.run(tmp_path / "bert")
 
     def test_a_sliced_checkpoint_is_refused(self, dense):
         self.run(dense)
-        with pytest.raises(InputError, match="the model is sliced already"):
+        with pytest.raises(InputError, match="the model is sliced or quantised already"):
             slice_checkpoint(dense.with_name("out"), dense.with_name("again"), CALIBRATION, sparsity=0.25)
 
     @pytest.mark.parametrize(

@@ -253,6 +253,7 @@ def norm_linear(
     sumsq: torch.Tensor | None,
     activation: str | None,
     unscaled: int,
+    scales: None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """``act(rsqrt(sumsq / full_width + eps) * (h W^T) + b)``; arguments as in the op. ``tile`` overrules the choice."""

@@ -202,6 +202,7 @@ def residual_linear(
     residual: torch.Tensor | None,
     a2: torch.Tensor | None,
     weight2: torch.Tensor | None,
+    scales: None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``a W^T + b + residual + a2 W2`` and its row sums of squares; ``tile`` overrules the choice."""

@@ -124,9 +124,10 @@ inline void dot_tile(const Kept* a, int64_t a_stride, const T* w, int64_t w_stri
   }
 }
 
-// The same for M rows of a, `rows` at a time and then fewer.
-template <int rows, int columns, class T, class Kept = typename Operand<T>::Kept>
-inline void dot_tiles(int64_t M, const Kept* a, int64_t a_stride, const T* w, int64_t w_stride, int64_t K, float* sums,
+// The same for M rows of a, `rows` at a time and then fewer. `w` is a pointer, or what else a dot_tile takes for rows
+// of a weight: one may be added to it as often as there are rows.
+template <int rows, int columns, class Kept, class Rows>
+inline void dot_tiles(int64_t M, const Kept* a, int64_t a_stride, Rows w, int64_t w_stride, int64_t K, float* sums,
                       int64_t sums_stride) {
   for (; M >= rows; M -= rows, a += rows * a_stride, sums += rows * sums_stride) {
     dot_tile<rows, columns>(a, a_stride, w, w_stride, K, sums, sums_stride);
@@ -168,17 +169,17 @@ inline void keep_row(const T* from, int64_t K, typename Operand<T>::Kept* to) {
 }
 
 // sums[m, r] += a[m] . w[r] for M rows of a and rows begin ... end of w.
-template <int rows, int columns, class T, class Kept>
-inline int64_t dot_rows(int64_t M, const Kept* a, int64_t a_stride, const T* w, int64_t w_stride, int64_t K,
-                        float* sums, int64_t sums_stride, int64_t begin, int64_t end) {
+template <int rows, int columns, class Kept, class Rows>
+inline int64_t dot_rows(int64_t M, const Kept* a, int64_t a_stride, Rows w, int64_t w_stride, int64_t K, float* sums,
+                        int64_t sums_stride, int64_t begin, int64_t end) {
   for (; begin + columns <= end; begin += columns) {
     dot_tiles<rows, columns>(M, a, a_stride, w + begin * w_stride, w_stride, K, sums + begin, sums_stride);
   }
   return begin;
 }
 
-template <class T, class Kept>
-inline void dot_rows(int64_t M, const Kept* a, int64_t a_stride, const T* w, int64_t w_stride, int64_t K, float* sums,
+template <class Kept, class Rows>
+inline void dot_rows(int64_t M, const Kept* a, int64_t a_stride, Rows w, int64_t w_stride, int64_t K, float* sums,
                      int64_t sums_stride, int64_t begin, int64_t end) {
   if (M <= kFewRows) {
     begin = dot_rows<kFewRows, 8>(M, a, a_stride, w, w_stride, K, sums, sums_stride, begin, end);

@@ -35,7 +35,7 @@ int run(const Linear& call, int threads) {
   const LinearKernel* const kernel = linear_kernel();
   if (kernel == nullptr) return SGF_UNKNOWN_CPU_ISA;
   const int64_t most = call.M < kRows ? call.M : kRows;
-  const Workspace memory = workspace(workspace_floats(most, call.n, call.terms[0].K, call.terms[1].K));
+  const Workspace memory = workspace(workspace_floats(most, call));
   if (memory == nullptr) return SGF_OUT_OF_MEMORY;
   const int64_t size = call.dtype == SGF_FLOAT32 ? 4 : 2;
   for (int64_t m = 0; m < call.M; m += kRows) {
@@ -62,11 +62,12 @@ const LinearKernel* linear_kernel() {
   return kernel;
 }
 
-Linear norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix product, sgf_matrix y,
-                   int64_t unscaled, double eps, double full_width, int activation, int dtype) {
+Linear norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix scales, sgf_matrix bias, sgf_matrix sumsq,
+                   sgf_matrix product, sgf_matrix y, int64_t unscaled, double eps, double full_width, int activation,
+                   int weight_dtype, int dtype) {
   Linear call = {};
   call.dtype = dtype, call.M = h.rows, call.n = weight.rows;
-  call.terms[0] = {h, weight, h.columns};
+  call.terms[0] = {h, weight, scales, h.columns, weight_dtype};
   call.terms_used = product.data == nullptr ? 1 : 0;
   call.residual = product;
   call.bias = bias.data;
@@ -76,12 +77,12 @@ Linear norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix 
   return call;
 }
 
-Linear residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
-                       sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype) {
+Linear residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix scales, sgf_matrix bias, sgf_matrix residual,
+                       sgf_matrix a2, sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int weight_dtype, int dtype) {
   Linear call = {};
   call.dtype = dtype, call.M = y.rows, call.n = y.columns;
-  call.terms[0] = {a, weight, a.columns};
-  call.terms[1] = {a2, transposed(weight2), a2.columns};  // weight2 is [K2, n]
+  call.terms[0] = {a, weight, scales, a.columns, weight_dtype};
+  call.terms[1] = {a2, transposed(weight2), {}, a2.columns, dtype};  // weight2 is [K2, n]
   call.terms_used = a.data == nullptr ? 0 : a2.data == nullptr ? 1 : 2;
   call.bias = bias.data;
   call.residual = residual;
@@ -92,14 +93,27 @@ Linear residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_mat
 
 }  // namespace sgf
 
-int sgf_norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix product,
-                    sgf_matrix y, int64_t unscaled, double eps, double full_width, int activation, int dtype,
-                    int threads) {
-  return sgf::run(sgf::norm_linear(h, weight, bias, sumsq, product, y, unscaled, eps, full_width, activation, dtype),
+int sgf_norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix scales, sgf_matrix bias, sgf_matrix sumsq,
+                    sgf_matrix product, sgf_matrix y, int64_t unscaled, double eps, double full_width, int activation,
+                    int weight_dtype, int dtype, int threads) {
+  return sgf::run(sgf::norm_linear(h, weight, scales, bias, sumsq, product, y, unscaled, eps, full_width, activation,
+                                   weight_dtype, dtype),
                   threads);
 }
 
-int sgf_residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
-                        sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype, int threads) {
-  return sgf::run(sgf::residual_linear(a, weight, bias, residual, a2, weight2, y, sumsq, dtype), threads);
+int sgf_residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix scales, sgf_matrix bias, sgf_matrix residual,
+                        sgf_matrix a2, sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int weight_dtype, int dtype,
+                        int threads) {
+  return sgf::run(sgf::residual_linear(a, weight, scales, bias, residual, a2, weight2, y, sumsq, weight_dtype, dtype),
+                  threads);
+}
+
+int sgf_dequantize(sgf_matrix weight, sgf_matrix scales, sgf_matrix y, int weight_dtype, int dtype, int threads) {
+  const sgf::LinearKernel* const kernel = sgf::linear_kernel();
+  if (kernel == nullptr) return SGF_UNKNOWN_CPU_ISA;
+  sgf::parallel(threads, [&](int part) {
+    const int64_t begin = part * y.rows / threads, end = (part + 1) * y.rows / threads;
+    kernel->dequantize(weight, scales, y, begin, end, weight_dtype, dtype);
+  });
+  return SGF_OK;
 }

@@ -25,15 +25,18 @@
 
 #include "cpu/activation.h"
 #include "cpu/dots.h"
+#include "cpu/quantized.h"
 #include "slicegpt_fast.h"
 
 namespace sgf {
 
 // One operand pair: a W^T.
 struct Term {
-  sgf_matrix a;  // [M, K], rows contiguous
-  sgf_matrix w;  // [n, K], rows or columns contiguous
+  sgf_matrix a;       // [M, K], rows contiguous
+  sgf_matrix w;       // [n, K], rows or columns contiguous; of a quantised one rows
+  sgf_matrix scales;  // of a quantised w
   int64_t K;
+  int w_dtype;  // that of the call, or SGF_INT8 or SGF_INT4
 };
 
 // What a call of either op comes to.
@@ -61,16 +64,20 @@ struct LinearKernel {
   void (*prepare)(const Linear& call);
   void (*share)(const Linear& call, int part, int parts);
   void (*finish)(const Linear& call);
+  // Rows begin ... end of y, the weight that levels and scales stand for.
+  void (*dequantize)(const sgf_matrix& weight, const sgf_matrix& scales, const sgf_matrix& y, int64_t begin,
+                     int64_t end, int weight_dtype, int dtype);
 };
 
 // That of the machine; null where SLICEGPT_FAST_CPU_ISA names no level.
 const LinearKernel* linear_kernel();
 
 // The calls of slicegpt_fast.h, without their workspace.
-Linear norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix bias, sgf_matrix sumsq, sgf_matrix product, sgf_matrix y,
-                   int64_t unscaled, double eps, double full_width, int activation, int dtype);
-Linear residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix bias, sgf_matrix residual, sgf_matrix a2,
-                       sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int dtype);
+Linear norm_linear(sgf_matrix h, sgf_matrix weight, sgf_matrix scales, sgf_matrix bias, sgf_matrix sumsq,
+                   sgf_matrix product, sgf_matrix y, int64_t unscaled, double eps, double full_width, int activation,
+                   int weight_dtype, int dtype);
+Linear residual_linear(sgf_matrix a, sgf_matrix weight, sgf_matrix scales, sgf_matrix bias, sgf_matrix residual,
+                       sgf_matrix a2, sgf_matrix weight2, sgf_matrix y, sgf_matrix sumsq, int weight_dtype, int dtype);
 
 #if defined(__x86_64__)
 extern const LinearKernel kLinearAvx2, kLinearAvx512, kLinearAvx512Bf16;
@@ -86,9 +93,15 @@ constexpr int linear_parts(int64_t n, int threads) {
   return threads < blocks ? threads : static_cast<int>(blocks);
 }
 
+// Numbers of a row of `a`, up to a whole step of the kernel.
+constexpr int64_t kept_size(const Term& term) {
+  return term.w_dtype == SGF_INT4 ? ceil_div(term.K, kWidestStep) * kWidestStep : padded(term.K);
+}
+
 // Workspace, in floats: the sums, the scales, `a` of either term as the kernel wants it, and a normalised row.
-constexpr int64_t workspace_floats(int64_t M, int64_t n, int64_t K0, int64_t K1) {
-  return M * (padded(n) + padded(K0) + padded(K1)) + padded(M) + padded(K0);
+inline int64_t workspace_floats(int64_t M, const Linear& call) {
+  const Term* terms = call.terms;
+  return M * (padded(call.n) + kept_size(terms[0]) + kept_size(terms[1])) + padded(M) + padded(terms[0].K);
 }
 
 template <class T>
@@ -99,7 +112,7 @@ class Kernel {
     const auto take = [&next](int64_t count) { return (next += count) - count; };
     sums_ = take(call.M * sums_stride_);
     scale_ = take(padded(call.M));
-    for (int i = 0; i < call.terms_used; ++i) kept_[i] = take(call.M * padded(call.terms[i].K));
+    for (int i = 0; i < call.terms_used; ++i) kept_[i] = take(call.M * kept_size(call.terms[i]));
     if (call.norm_weight != nullptr) normed_ = reinterpret_cast<T*>(take(padded(call.terms[0].K)));
   }
 
@@ -131,6 +144,7 @@ class Kernel {
  private:
   using Step = Operand<T>;
   using Kept = typename Step::Kept;
+  using Levelled = typename Dequantized<T>::Numbers;
 
   struct Range {
     int64_t begin, end;
@@ -157,8 +171,13 @@ class Kernel {
   void keep(const Term& term, float* kept, int64_t m, bool normalised) const {
     const T* from = static_cast<const T*>(term.a.data) + m * term.a.row_stride;
     if (normalised) from = normalise(term, from, scale(term, m));
-    if (by_rows(term)) {
-      keep_row(from, term.K, reinterpret_cast<Kept*>(kept) + m * padded(term.K));
+    Kept* const to_dot = reinterpret_cast<Kept*>(kept) + m * kept_size(term);
+    if (term.w_dtype == SGF_INT8) {
+      keep_for<EightBits<Levelled>>(from, term.K, to_dot);
+    } else if (term.w_dtype == SGF_INT4) {
+      keep_for<FourBits<Levelled>>(from, term.K, to_dot);
+    } else if (by_rows(term)) {
+      keep_row(from, term.K, to_dot);
     } else {
       float* to = kept + m * padded(term.K);
       for (int64_t k = 0; k < term.K; k += kLanes) store(to + k, load(from + k, term.K - k));
@@ -181,7 +200,12 @@ class Kernel {
     for (int i = 0; i < call_.terms_used; ++i) {
       const Term& term = call_.terms[i];
       const T* w = static_cast<const T*>(term.w.data);
-      if (by_rows(term)) {
+      if (term.w_dtype == SGF_INT8) {
+        dot<EightBits, false>(term, kept_[i], begin, end);
+      } else if (term.w_dtype == SGF_INT4) {
+        term.scales.columns == 1 ? dot<FourBits, false>(term, kept_[i], begin, end)
+                                 : dot<FourBits, true>(term, kept_[i], begin, end);
+      } else if (by_rows(term)) {
         dot_rows(call_.M, reinterpret_cast<const Kept*>(kept_[i]), padded(term.K), w, term.w.row_stride, term.K, sums_,
                  sums_stride_, begin, end);
       } else {
@@ -189,6 +213,15 @@ class Kernel {
                  sums_stride_);
       }
     }
+  }
+
+  template <template <class> class Bits, bool grouped>
+  void dot(const Term& term, const float* kept, int64_t begin, int64_t end) const {
+    const Quantized<T, Bits, grouped> w{static_cast<const uint8_t*>(term.w.data), term.w.row_stride,
+                                        static_cast<const Float16*>(term.scales.data), term.scales.row_stride,
+                                        group_of(term.scales.columns, term.K)};
+    dot_rows(call_.M, reinterpret_cast<const Kept*>(kept), kept_size(term), w, 1, term.K, sums_, sums_stride_, begin,
+             end);
   }
 
   // What the sums begin with.
@@ -254,6 +287,18 @@ constexpr LinearKernel kLinear = {
       with_kernel(call, [=](const auto& kernel) { kernel.share(part, parts); });
     },
     [](const Linear& call) { with_kernel(call, [](const auto& kernel) { kernel.finish(); }); },
+    [](const sgf_matrix& weight, const sgf_matrix& scales, const sgf_matrix& y, int64_t begin, int64_t end,
+       int weight_dtype, int dtype) {
+      const bool four = weight_dtype == SGF_INT4;
+      switch (dtype) {
+        case SGF_FLOAT32:
+          return dequantize_rows<float>(weight, scales, y, begin, end, four);
+        case SGF_FLOAT16:
+          return dequantize_rows<Float16>(weight, scales, y, begin, end, four);
+        case SGF_BFLOAT16:
+          return dequantize_rows<BFloat16>(weight, scales, y, begin, end, four);
+      }
+    },
 };
 
 }  // namespace

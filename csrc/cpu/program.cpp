@@ -64,8 +64,7 @@ Sizes sizes(const sgf_program& program, const Run& run) {
   Sizes found;
   for (const auto& step : program.steps) {
     if (const Linear* linear = std::get_if<Linear>(&step)) {
-      found.own =
-          larger(found.own, sgf::workspace_floats(run.rows(), linear->n, linear->terms[0].K, linear->terms[1].K));
+      found.own = larger(found.own, sgf::workspace_floats(run.rows(), *linear));
     } else {
       const Attend call = in_run(std::get<Attend>(step), run);
       found.own = larger(found.own, sgf::attend_own_floats(call));
@@ -80,19 +79,22 @@ Sizes sizes(const sgf_program& program, const Run& run) {
 sgf_program* sgf_program_new(void) { return new (std::nothrow) sgf_program; }
 void sgf_program_delete(sgf_program* program) { delete program; }
 
-int sgf_program_norm_linear(sgf_program* program, sgf_matrix h, sgf_matrix weight, sgf_matrix norm_weight,
-                            sgf_matrix bias, sgf_matrix y, int64_t unscaled, double eps, double full_width,
-                            int activation, int dtype) {
-  Linear call = sgf::norm_linear(h, weight, bias, {}, {}, y, unscaled, eps, full_width, activation, dtype);
+int sgf_program_norm_linear(sgf_program* program, sgf_matrix h, sgf_matrix weight, sgf_matrix scales,
+                            sgf_matrix norm_weight, sgf_matrix bias, sgf_matrix y, int64_t unscaled, double eps,
+                            double full_width, int activation, int weight_dtype, int dtype) {
+  Linear call =
+      sgf::norm_linear(h, weight, scales, bias, {}, {}, y, unscaled, eps, full_width, activation, weight_dtype, dtype);
   call.norm_weight = norm_weight.data;
   call.unscaled_factor = -1;
   program->steps.emplace_back(call);
   return SGF_OK;
 }
 
-int sgf_program_residual_linear(sgf_program* program, sgf_matrix a, sgf_matrix weight, sgf_matrix bias,
-                                sgf_matrix residual, sgf_matrix a2, sgf_matrix weight2, sgf_matrix y, int dtype) {
-  program->steps.emplace_back(sgf::residual_linear(a, weight, bias, residual, a2, weight2, y, {}, dtype));
+int sgf_program_residual_linear(sgf_program* program, sgf_matrix a, sgf_matrix weight, sgf_matrix scales,
+                                sgf_matrix bias, sgf_matrix residual, sgf_matrix a2, sgf_matrix weight2, sgf_matrix y,
+                                int weight_dtype, int dtype) {
+  program->steps.emplace_back(
+      sgf::residual_linear(a, weight, scales, bias, residual, a2, weight2, y, {}, weight_dtype, dtype));
   return SGF_OK;
 }
 

@@ -1,11 +1,23 @@
 """What is known of the Hugging Face families: a table with one row per family, and a model read through its row."""
 
 from slicegpt_fast.architectures.decoder import Decoder, Site, evaluating
-from slicegpt_fast.architectures.table import Architecture, Branch, Heads, Output, Reader, Sublayer, architecture_of
-from slicegpt_fast.architectures.weights import Weight, at, weights
+from slicegpt_fast.architectures.table import (
+    AXES,
+    Architecture,
+    Axis,
+    Branch,
+    Heads,
+    Output,
+    Reader,
+    Sublayer,
+    architecture_of,
+)
+from slicegpt_fast.architectures.weights import Weight, at, embedding_scale, weights
 
 __all__ = [
+    "AXES",
     "Architecture",
+    "Axis",
     "Branch",
     "Decoder",
     "Heads",
@@ -16,6 +28,7 @@ __all__ = [
     "Weight",
     "architecture_of",
     "at",
+    "embedding_scale",
     "evaluating",
     "weights",
 ]

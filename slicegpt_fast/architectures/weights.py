@@ -58,6 +58,12 @@ def at(module: nn.Module, path: str) -> Any:
     return module.get_submodule(path)
 
 
+def embedding_scale(embeddings: nn.Module) -> float:
+    """What a table of embeddings multiplies its rows by."""
+    scale: Any = getattr(embeddings, "scalar_embed_scale", getattr(embeddings, "embed_scale", 1.0))
+    return float(scale)
+
+
 def weights(layer: nn.Module, paths: tuple[str, ...]) -> list[Weight]:
     """The weights at those of ``paths`` that ``layer`` has."""
     found = []

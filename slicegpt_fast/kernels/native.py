@@ -9,6 +9,7 @@ from slicegpt_fast.errors import InputError
 
 # The codes of csrc/slicegpt_fast.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+WEIGHT_DTYPES = DTYPES | {torch.int8: 4, torch.uint8: 5}  # uint8: two levels of 4 bits each
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu_gate": 4}
 
 

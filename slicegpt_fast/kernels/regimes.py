@@ -8,6 +8,8 @@ Regime = Literal["decode", "prefill", "tall"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu_gate"]
 Residual = Literal["add", "dense", "low rank"]
 Epilogue = Literal[Activation, Residual, "row scale"]
+# How a matmul's weight is stored: in the dtype of the activations, or quantised as ops/quantized.py describes it.
+WeightFormat = Literal["full", "int8", "int4"]
 
 DECODE_ROWS = 16  # up to this many rows a matmul is bound by streaming its weight
 TILE = {"cuda": 64, "cpu": 16}  # widths that fill a tile: the K step of a tensor-core tile, an AVX-512 register of fp32

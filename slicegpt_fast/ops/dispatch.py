@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.kernels import measured
 from slicegpt_fast.kernels.native import build_info
-from slicegpt_fast.kernels.regimes import Epilogue, Regime
+from slicegpt_fast.kernels.regimes import Epilogue, Regime, WeightFormat
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "SLICEGPT_FAST_BACKEND"
@@ -48,6 +48,7 @@ class Request:
     regime: Regime
     shape: tuple[int, int, int]  # rows of the input, then N and K of the matmul; for covariance_ D and D
     epilogue: Epilogue | None = None
+    weight: WeightFormat = "full"
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -58,8 +59,19 @@ class Request:
         return torch.randn(shape, device=self.device).mul_(std).to(self.dtype)
 
     def random_weight(self, n: int, k: int) -> Tensor:
-        """Return a random weight [n, k], scaled as a model's, so that no product overflows fp16."""
+        """Return a random full weight [n, k], scaled as a model's, so that no product overflows fp16."""
         return self.random(n, k, std=k**-0.5)
+
+    def random_operand(self, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+        """Return a random weight [n, k] in the request's format, and its scales: at 4 bits for each 64 columns."""
+        if self.weight == "full":
+            return self.random_weight(n, k), None
+        bits = 8 if self.weight == "int8" else 4
+        dtype = torch.int8 if bits == 8 else torch.uint8
+        columns, groups = (k, 1) if bits == 8 else (-(-k // 2), -(-k // 64))
+        integers = torch.randint(0, 256, (n, columns), dtype=torch.uint8, device=self.device).view(dtype)
+        scales = torch.rand(n, groups, device=self.device).add_(0.5).mul_(2 ** (2 - bits) * max(k, 1) ** -0.5)
+        return integers, scales.half()
 
 
 @dataclass(frozen=True)

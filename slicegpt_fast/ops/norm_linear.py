@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slicegpt_fast.kernels.regimes import Activation, matmul_regime
 from slicegpt_fast.ops.dispatch import HALF, KERNELS, Op, Request, Rule, check_matrix, check_vector, require
+from slicegpt_fast.ops.quantized import check_weight, full_weight, weight_format
 
 ACTIVATE: dict[Activation | None, Callable[[Tensor], Tensor]] = {
     None: lambda y: y,
@@ -31,6 +32,7 @@ def norm_linear(
     activation: Activation | None = None,
     unscaled: int = 0,
     *,
+    scales: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return ``act(rsqrt(sumsq / full_width + eps) * (h @ weight.T) + bias)``.
@@ -47,6 +49,7 @@ def norm_linear(
         activation: None, "relu", "gelu" (erf), "gelu_tanh", or "silu_gate": the first half of the scaled rows are the
             gate's, the second half those of up, and column j of the result is silu(gate j) * up j.
         unscaled: rows at the end of ``weight`` that give plain ``h @ weight.T``.
+        scales: fp16, of a quantised ``weight``: int8 [n, d] or uint8 [n, ceil(d / 2)], as ``ops/quantized.py`` says.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -55,7 +58,7 @@ def norm_linear(
     Raises:
         InputError: an argument's shape, dtype or device does not fit, or the backend cannot run the call.
     """
-    return OP(h, weight, bias, float(eps), full_width, sumsq, activation, unscaled, backend=backend)
+    return OP(h, weight, bias, float(eps), full_width, sumsq, activation, unscaled, scales, backend=backend)
 
 
 def reference(
@@ -67,12 +70,14 @@ def reference(
     sumsq: Tensor | None,
     activation: Activation | None,
     unscaled: int,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """The op in plain torch: the norm in fp32, rounded, then the linear layer, then the activation."""
     wide = torch.promote_types(h.dtype, torch.float32)
     if sumsq is None:
         sumsq = h.to(wide).square().sum(dim=1)
     scale = torch.rsqrt(sumsq / full_width + eps)
+    weight = full_weight(weight, scales, h.shape[1], h.dtype)
     scaled = weight.shape[0] - unscaled
     y = F.linear((h.to(wide) * scale[:, None]).to(h.dtype), weight[:scaled], bias)
     y = ACTIVATE[activation](y)
@@ -88,14 +93,11 @@ def check(
     sumsq: Tensor | None,
     activation: Activation | None,
     unscaled: int,
+    scales: Tensor | None = None,
 ) -> None:
     check_matrix("h", h)
-    check_matrix("weight", weight, h.dtype, h.device)
-    M, d = h.shape
-    n = weight.shape[0]
-    require(
-        weight.shape[1] == d, f"argument weight has {weight.shape[1]} columns; for h of width {d} it must have {d}."
-    )
+    check_weight(weight, scales, "h", h)
+    M, n = h.shape[0], weight.shape[0]
     require(0 <= unscaled <= n, f"argument unscaled is {unscaled}; it must be between 0 and weight's {n} rows.")
     check_vector("bias", bias, n - unscaled, h.dtype, h.device)
     check_vector("sumsq", sumsq, M, torch.float32, h.device)
@@ -119,6 +121,7 @@ def fake(
     sumsq: Tensor | None,
     activation: Activation | None,
     unscaled: int,
+    scales: Tensor | None = None,
 ) -> Tensor:
     scaled = weight.shape[0] - unscaled
     return h.new_empty(h.shape[0], (scaled // 2 if activation == "silu_gate" else scaled) + unscaled)
@@ -133,9 +136,10 @@ def request(
     sumsq: Tensor | None,
     activation: Activation | None,
     unscaled: int,
+    scales: Tensor | None = None,
 ) -> Request:
     (M, d), n = h.shape, weight.shape[0]
-    return Request("norm_linear", h.device, h.dtype, matmul_regime(M), (M, n, d), activation)
+    return Request("norm_linear", h.device, h.dtype, matmul_regime(M), (M, n, d), activation, weight_format(weight))
 
 
 def operands(request: Request) -> tuple[Any, ...]:
@@ -143,13 +147,14 @@ def operands(request: Request) -> tuple[Any, ...]:
     M, n, d = request.shape
     sumsq = torch.full((M,), float(d), dtype=torch.float32, device=request.device)
     unscaled = n % 2  # a gate needs pairs of rows
-    return request.random(M, d), request.random_weight(n, d), None, 1e-5, d, sumsq, request.epilogue, unscaled
+    weight, scales = request.random_operand(n, d)
+    return request.random(M, d), weight, None, 1e-5, d, sumsq, request.epilogue, unscaled, scales
 
 
 OP = Op(
     "norm_linear",
     "(Tensor h, Tensor weight, Tensor? bias, float eps, SymInt full_width, Tensor? sumsq, str? activation, "
-    "SymInt unscaled, str backend) -> Tensor",
+    "SymInt unscaled, Tensor? scales, str backend) -> Tensor",
     reference=reference,
     check=check,
     request=request,

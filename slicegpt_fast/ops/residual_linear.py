@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slicegpt_fast.kernels.regimes import Residual, matmul_regime
 from slicegpt_fast.ops.dispatch import HALF, KERNELS, Op, Request, Rule, check_matrix, check_vector, require
+from slicegpt_fast.ops.quantized import check_weight, full_weight, weight_format
 
 
 def residual_linear(
@@ -19,6 +20,7 @@ def residual_linear(
     h: Tensor,
     shortcut: Tensor | tuple[Tensor, Tensor] | None = None,
     *,
+    scales: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return ``h' = a @ weight.T + bias + shortcut(h)`` and each row's sum of squares of h'.
@@ -31,6 +33,7 @@ def residual_linear(
         shortcut: None: h itself. S [d, n]: ``h @ S``. A pair (t [M, r], V [r, n]): ``h + t @ V``, a low-rank shortcut
             where t = h @ U came from the unscaled columns of the ``norm_linear`` before. Best passed as the transposed
             view of a linear layer's weight, which is what a model holds: Triton's kernels copy any other layout.
+        scales: fp16, of a quantised ``weight``: int8 [n, k] or uint8 [n, ceil(k / 2)], as ``ops/quantized.py`` says.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -40,16 +43,23 @@ def residual_linear(
         InputError: an argument's shape, dtype or device does not fit, or the backend cannot run the call.
     """
     if shortcut is None:
-        return OP(a, weight, bias, h, None, None, backend=backend)
+        return OP(a, weight, bias, h, None, None, scales, backend=backend)
     if isinstance(shortcut, Tensor):
-        return OP(a, weight, bias, None, h, shortcut, backend=backend)
-    return OP(a, weight, bias, h, *shortcut, backend=backend)
+        return OP(a, weight, bias, None, h, shortcut, scales, backend=backend)
+    return OP(a, weight, bias, h, *shortcut, scales, backend=backend)
 
 
 def reference(
-    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    a2: Tensor | None,
+    weight2: Tensor | None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain torch: each addition rides in a matmul (beta = 1), and the squares are a second pass."""
+    weight = full_weight(weight, scales, a.shape[1], a.dtype)
     if residual is None:
         y = F.linear(a, weight, bias)
     else:
@@ -62,14 +72,17 @@ def reference(
 
 
 def check(
-    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    a2: Tensor | None,
+    weight2: Tensor | None,
+    scales: Tensor | None = None,
 ) -> None:
     check_matrix("a", a)
-    check_matrix("weight", weight, a.dtype, a.device)
-    (M, k), n = a.shape, weight.shape[0]
-    require(
-        weight.shape[1] == k, f"argument weight has {weight.shape[1]} columns; for a of width {k} it must have {k}."
-    )
+    check_weight(weight, scales, "a", a)
+    M, n = a.shape[0], weight.shape[0]
     check_vector("bias", bias, n, a.dtype, a.device)
     require(residual is not None or a2 is not None, "argument h is None; pass the residual stream.")
     if residual is not None:
@@ -96,12 +109,18 @@ def fake(a: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def request(
-    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    a2: Tensor | None,
+    weight2: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Request:
     (M, k), n = a.shape, weight.shape[0]
     K = k + (0 if a2 is None else a2.shape[1])
     epilogue: Residual = "dense" if residual is None else "add" if a2 is None else "low rank"
-    return Request("residual_linear", a.device, a.dtype, matmul_regime(M), (M, n, K), epilogue)
+    return Request("residual_linear", a.device, a.dtype, matmul_regime(M), (M, n, K), epilogue, weight_format(weight))
 
 
 def operands(request: Request) -> tuple[Tensor | None, ...]:
@@ -112,13 +131,14 @@ def operands(request: Request) -> tuple[Tensor | None, ...]:
     k2 = k2 if k2 < K else K // 2
     residual = None if request.epilogue == "dense" else request.random(M, n)
     shortcut = (request.random(M, k2), request.random_weight(n, k2).T) if k2 else (None, None)
-    return request.random(M, K - k2), request.random_weight(n, K - k2), None, residual, *shortcut
+    weight, scales = request.random_operand(n, K - k2)
+    return request.random(M, K - k2), weight, None, residual, *shortcut, scales
 
 
 OP = Op(
     "residual_linear",
-    "(Tensor a, Tensor weight, Tensor? bias, Tensor? residual, Tensor? a2, Tensor? weight2, str backend)"
-    " -> (Tensor, Tensor)",
+    "(Tensor a, Tensor weight, Tensor? bias, Tensor? residual, Tensor? a2, Tensor? weight2, Tensor? scales,"
+    " str backend) -> (Tensor, Tensor)",
     reference=reference,
     check=check,
     request=request,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.dispatch import BACKENDS, OPS, asked_for
-from slicegpt_fast.patching.guards import NotFusable, Place, Replicas, forward_slot
+from slicegpt_fast.patching.guards import NotFusable, Place, Replicas, forward_slot, home_of
 from slicegpt_fast.patching.head import FusedHead
 from slicegpt_fast.patching.layers import FusedLayer, FusedSublayer, Requests
 from slicegpt_fast.patching.packing import DTYPES
@@ -25,7 +25,7 @@ from slicegpt_fast.patching.report import PartReport, PatchReport
 from slicegpt_fast.patching.selfcheck import Call, compare, compare_steps, record
 from slicegpt_fast.patching.steps import DecodeSteps
 
-__all__ = ["PatchReport", "patch_model", "patch_report", "unpatch_model"]
+__all__ = ["PatchReport", "is_patched", "patch_model", "patch_report", "unpatch_model"]
 
 
 NO_KERNEL = {"reference", "torch", "reference + torch", "torch + reference"}  # what torch's own path is as fast as
@@ -167,6 +167,11 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def is_patched(model: PreTrainedModel) -> bool:
+    """Return whether ``patch_model`` was called on a model and not undone."""
+    return _patch_of(model) is not None
+
+
 def patch_report(model: PreTrainedModel) -> PatchReport:
     """What serves each part of a patched model now, or why it runs as it did before.
 
@@ -186,10 +191,10 @@ def op_requests(model: PreTrainedModel) -> Requests:
     decoder = Decoder(model)
     for site, sublayer in decoder.sublayers():
         with suppress(NotFusable):
-            part = FusedSublayer(site.part, decoder.architecture, sublayer, model.config.model_type, "auto")
+            part = FusedSublayer(site.part, decoder.architecture, sublayer, home_of(model), model.dtype, "auto")
             found += part.requests()
     with suppress(NotFusable):
-        found += FusedHead(_head(decoder), "auto").requests()
+        found += FusedHead(_head(decoder), model.dtype, "auto").requests()
     return found
 
 
@@ -203,16 +208,17 @@ def _fuse(decoder: Decoder, options: Options) -> Patch:
             )
     patch = Patch(options)
     layers: dict[int, FusedLayer] = {}
-    family = decoder.model.config.model_type
+    of_model = (home_of(decoder.model), decoder.model.dtype)
     for name, (site, sublayer) in zip(names, decoder.sublayers(), strict=True):
         _check_devices(site.path, site.part)
-        fuse = partial(FusedSublayer, site.part, decoder.architecture, sublayer, family)
+        fuse = partial(FusedSublayer, site.part, decoder.architecture, sublayer, *of_model)
         part = patch.parts[name] = _fused(name, options, fuse)
         if isinstance(part, FusedSublayer):
             if site.index not in layers:
                 layers[site.index] = FusedLayer(site.part, decoder.architecture)
             layers[site.index].sublayers[sublayer.name] = part
-    patch.parts[decoder.head_path] = _fused(decoder.head_path, options, partial(FusedHead, _head(decoder)))
+    fuse_head = partial(FusedHead, _head(decoder), decoder.model.dtype)
+    patch.parts[decoder.head_path] = _fused(decoder.head_path, options, fuse_head)
     patch.layers = list(layers.values())
     if patch.layers:
         patch.steps = DecodeSteps(decoder, patch.layers, options[0])

@@ -26,6 +26,7 @@ from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from slicegpt_fast.architectures import Architecture, Sublayer, at
+from slicegpt_fast.quantization import QuantizedLinear
 from slicegpt_fast.slicing.heads import CutHeads, FollowProjections, PadValues
 from slicegpt_fast.slicing.layers import shortcut_name, with_shortcuts
 
@@ -35,7 +36,9 @@ Place = tuple[str, nn.Module, str]  # a module's path in its layer, its parent, 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SLOTS = ("forward", "_old_forward")  # where a module keeps a forward of its own; accelerate's hooks move it
 GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(getattr(torch_module, f"_global{hooks}") for hooks in HOOKS)
-LINEARS = (nn.Linear, Conv1D)  # what computes x W^T + b and nothing else, beside Falcon's own of the same formula
+# What computes x W^T + b and nothing else, beside Falcon's own of the same formula.
+LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
+LINEAR_CODE = ("torch.nn", "transformers.pytorch_utils", "slicegpt_fast.quantization")
 ACTIVATION_CODE = ("torch.nn", "transformers.activations")
 OWN_CODE = ("slicegpt_fast.slicing.layers",)
 REMEMBERED = ("_owns", "_unhooked", "_hooked", "_classes", "_codes")
@@ -205,6 +208,12 @@ def described(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def home_of(model: nn.Module) -> str:
+    """The package of ``transformers.models`` whose code a model runs: some families share another's."""
+    homes = (cls.__module__.split(".") for cls in type(model).__mro__)
+    return next((home[2] for home in homes if home[:2] == ["transformers", "models"]), "")
+
+
 def is_known(cls: type[nn.Module], *modules: str) -> bool:
     """True where a class stands under its name in one of those Python modules, with the forward it was written with."""
     if not any(cls.__module__ == module or cls.__module__.startswith(f"{module}.") for module in modules):
@@ -227,7 +236,7 @@ def _is_library_code(function: Any) -> bool:
 def is_linear(cls: type[nn.Module], family: str) -> bool:
     """True for a plain linear layer with the code it came with."""
     falcons = cls.__name__ == "FalconLinear" and is_known(cls, f"transformers.models.{family}")
-    return falcons or (cls in LINEARS and is_known(cls, "torch.nn", "transformers.pytorch_utils"))
+    return falcons or (cls in LINEARS and is_known(cls, *LINEAR_CODE))
 
 
 def check_layer(layer: nn.Module, architecture: Architecture, family: str) -> None:
@@ -277,10 +286,12 @@ def check_parameters(layer: nn.Module, sublayer: Sublayer, family: str) -> None:
         for path in branch.modules:
             for name, _ in at(layer, path).named_parameters(prefix=path):
                 owner, _, leaf = name.rpartition(".")
-                if name in weights or (owner in weights and leaf in ("weight", "bias")):
+                if name in weights or (owner in weights and leaf in ("weight", "bias", "scales")):
                     continue
-                inside = owner != path and is_known(type(at(layer, owner)), f"transformers.models.{family}", "torch.nn")
-                if branch.activation is not None or not inside:  # what stands inside an attention runs as ever
+                home = (f"transformers.models.{family}", *ACTIVATION_CODE, *OWN_CODE)
+                inside = owner != path and is_known(type(at(layer, owner)), *home)
+                as_ever = branch.activation in (None, owner)  # what stands inside an attention, the activation
+                if not (as_ever and inside):
                     raise NotFusable(f"it has a parameter {name}, which the family's does not have")
 
 

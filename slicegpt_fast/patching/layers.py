@@ -36,6 +36,7 @@ from slicegpt_fast.kernels.regimes import Activation, Epilogue, Residual
 from slicegpt_fast.ops.backends.cpu import STREAMED_ROWS
 from slicegpt_fast.ops.dispatch import Request
 from slicegpt_fast.ops.norm_linear import norm_linear
+from slicegpt_fast.ops.quantized import weight_format
 from slicegpt_fast.ops.residual_linear import residual_linear
 from slicegpt_fast.patching.guards import (
     ACTIVATION_CODE,
@@ -111,10 +112,15 @@ class ReaderForward:
         if call is None or call.branch is not self.branch:
             return cast(Tensor, type(self.linear).forward(self.linear, x))
         if x is not call.hidden_states:
-            return self.branch.read(x, None)[..., self.columns]
+            return self._taken(self.branch.read(x, None))
         if call.read is None:
             call.read = self.branch.read(x, call.sumsq)
-        return call.read[..., self.columns]
+        return self._taken(call.read)
+
+    def _taken(self, read: Tensor) -> Tensor:
+        columns = read[..., self.columns]
+        pairs = columns.stride(-2) % 2 == 0 and self.columns.start % 2 == 0  # a complex view needs them
+        return columns if pairs else columns.contiguous()
 
 
 class WriterForward:
@@ -138,6 +144,7 @@ class FusedBranch:
 
     def __init__(self, layer: nn.Module, branch: Branch, down: nn.Linear | None, backend: str) -> None:
         """``down``: the first factor of a low-rank shortcut, which rides along in ``read``."""
+        self.layer, self.branch = layer, branch
         self.module: nn.Module = at(layer, branch.modules[0])
         self.norm: nn.Module = at(layer, branch.norm)
         self.eps_name = _eps_name(self.norm)
@@ -158,21 +165,21 @@ class FusedBranch:
 
     def read(self, h: Tensor, sumsq: Tensor | None) -> Tensor:
         """The normalised stream through the readers and the activation: [B, T, d] -> [B, T, n + r]."""
-        rows, eps = h.reshape(-1, h.shape[-1]), cast(float, getattr(self.norm, self.eps_name))
+        rows, eps = h.reshape(-1, h.shape[-1]), cast(float, self.eps_name and getattr(self.norm, self.eps_name))
         if isinstance(self.norm, WeightlessNorm):
             norm = (eps, self.norm.full_width, sumsq)
         else:
-            weight = cast(Tensor, self.norm.weight)
-            if isinstance(self.norm, nn.LayerNorm):
-                rows = F.layer_norm(rows, rows.shape[1:], weight, self.norm.bias, eps)
+            if self.eps_name:
+                rows = F.rms_norm(rows, rows.shape[1:], cast(Tensor, self.norm.weight), eps)
             else:
-                rows = F.rms_norm(rows, rows.shape[1:], weight, eps)
+                rows = self.norm(rows)
             norm = normalised(rows)
         if torch.compiler.is_compiling():
             y = norm_linear_of_parts(rows, *self.reader.parts(), *norm, self.activation, self.unscaled, self.backend)
         else:
-            weight = self.reader.matrix
-            y = norm_linear(rows, weight, self.bias, *norm, self.activation, self.unscaled, backend=self.backend)
+            weight, scales = self.reader.matrix, self.reader.scales
+            rest = (*norm, self.activation, self.unscaled)
+            y = norm_linear(rows, weight, self.bias, *rest, scales=scales, backend=self.backend)
         return y.view(*h.shape[:-1], -1)
 
     def run(self, h: Tensor, sumsq: Tensor | None, layer_arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
@@ -181,10 +188,15 @@ class FusedBranch:
 
     def write(self, a: Tensor, h: Tensor, shortcut: Any) -> tuple[Tensor, Tensor]:
         """The writer, added to shortcut(h): a [B, T, k], h [M, d] -> [M, n] and its rows' sums of squares [M]."""
-        weight, bias = self.writer.matrix, self.writer.bias
+        weight, bias, scales = self.writer.matrix, self.writer.bias, self.writer.scales
         if torch.compiler.is_compiling():
-            (weight,), (bias,) = self.writer.parts()
-        return residual_linear(a.reshape(-1, a.shape[-1]), weight, bias, h, shortcut, backend=self.backend)
+            (weight,), (bias,), of_weight = self.writer.parts()
+            scales = next(iter(of_weight), None)
+        if self.branch.multiplier is not None:
+            factor = cast(float, getattr(self.layer, self.branch.multiplier))
+            a, bias = a * factor, None if bias is None else bias * factor
+        a = a.reshape(-1, a.shape[-1])
+        return residual_linear(a, weight, bias, h, shortcut, scales=scales, backend=self.backend)
 
 
 class FusedAttention(FusedBranch):
@@ -192,7 +204,6 @@ class FusedAttention(FusedBranch):
 
     def __init__(self, layer: nn.Module, branch: Branch, down: nn.Linear | None, backend: str) -> None:
         super().__init__(layer, branch, down, backend)
-        self.branch = branch
         for path in branch.modules[1:]:
             if not isinstance(at(layer, path), nn.Dropout):
                 raise NotFusable(f"{path} follows the attention")
@@ -218,7 +229,7 @@ class FusedFeedForward(FusedBranch):
     def __init__(self, layer: nn.Module, branch: Branch, down: nn.Linear | None, backend: str) -> None:
         super().__init__(layer, branch, down, backend)
         rows = self.reader.rows()[-1].stop - self.unscaled
-        self.gated = rows == 2 * self.writer.weights[0].matrix.shape[1]
+        self.gated = rows == 2 * self.writer.width
         self.act: nn.Module = at(layer, cast(str, branch.activation))
         if is_known(type(self.act), *ACTIVATION_CODE):
             computed = (GATED_ACTIVATIONS if self.gated else ACTIVATIONS).get(type(self.act))
@@ -239,9 +250,15 @@ class FusedSublayer:
     """``h <- shortcut(h) + the branches``, in two ops per branch."""
 
     def __init__(
-        self, layer: nn.Module, architecture: Architecture, sublayer: Sublayer, family: str, backend: str
+        self,
+        layer: nn.Module,
+        architecture: Architecture,
+        sublayer: Sublayer,
+        family: str,
+        dtype: torch.dtype,
+        backend: str,
     ) -> None:
-        """``family``: the ``model_type``, which is also the name of transformers' package of it.
+        """``family``: transformers' package of it. ``dtype``: of the activations.
 
         Raises:
             NotFusable: the sublayer is not made of what the ops compute.
@@ -250,6 +267,7 @@ class FusedSublayer:
         check_code(layer, sublayer, family)
         check_parameters(layer, sublayer, family)
         self.module = layer
+        self.dtype = dtype
         self.refused: str | None = None  # why it is not to run
         self.shortcut: nn.Module | None = getattr(layer, shortcut_name(sublayer), None)
         down = self.shortcut.down if isinstance(self.shortcut, AlignedShortcut) else None
@@ -266,6 +284,7 @@ class FusedSublayer:
                 self._unbiased.append(module._parameters)
                 if module is not down:
                     packed.append(PackedWeight([Weight(module)]))
+        self.quantized = any(branch.reader.quantized or branch.writer.quantized for branch in self.branches)
         self.weights = PackedWeights(packed)
         reason = self.weights.refusal()
         if reason is not None:
@@ -278,9 +297,12 @@ class FusedSublayer:
         for branch, (k2, shortcut) in zip(self.branches, pairs, strict=False):
             reader, writer = branch.reader.weights[0].matrix, branch.writer.weights[0].matrix
             rows = branch.reader.rows()[-1].stop
-            found += requests("norm_linear", reader, (rows, reader.shape[1]), branch.activation)
-            found += requests("residual_linear", writer, (writer.shape[0], writer.shape[1] + k2), shortcut)
-        return [(decode, None) for decode, _ in found] if by_torch(reader, PREFILL_ROWS) else found
+            found += requests("norm_linear", reader, self.dtype, (rows, branch.reader.width), branch.activation)
+            found += requests(
+                "residual_linear", writer, self.dtype, (writer.shape[0], branch.writer.width + k2), shortcut
+            )
+        torchs = not self.quantized and by_torch(reader, PREFILL_ROWS)
+        return [(decode, None) for decode, _ in found] if torchs else found
 
     def _second_pair(self) -> tuple[int, Residual]:
         """The width of the second pair of matrices in ``residual_linear``, and the kind of shortcut."""
@@ -377,7 +399,9 @@ class FusedLayer:
         many = by_torch(hidden_states, hidden_states.shape[:-1].numel())
         for sublayer in architecture.sublayers:
             fused = self.sublayers.get(sublayer.name)
-            if fused is not None and not many and fused.changed() is None and fused.weights.refresh() is None:
+            if fused is not None and many and not fused.quantized:
+                fused = None
+            if fused is not None and fused.changed() is None and fused.weights.refresh() is None:
                 hidden_states, sumsq, weights_here = fused(hidden_states, sumsq, layer_arguments)
             else:
                 hidden_states, weights_here = run_sublayer(layer, sublayer, hidden_states, **layer_arguments)
@@ -388,13 +412,19 @@ class FusedLayer:
 
 def by_torch(x: Tensor, rows: int) -> bool:
     """Whether so many rows, of the dtype and device of ``x``, go through a layer as it was: on a CPU torch multiplies
-    them either way, and what the ops save beside that is lost in its noise."""
+    them either way, and what the ops save beside that is lost in its noise. Not so where weights are quantised: the ops
+    dequantise faster than torch."""
     return x.device.type == "cpu" and rows > STREAMED_ROWS.get(x.dtype, 0)
 
 
-def requests(op: str, weight: Tensor, widths: tuple[int, int], epilogue: Epilogue | None = None) -> Requests:
-    """What a call with a weight like ``weight``, of N rows and K columns, asks of an op."""
-    decode = Request(op, weight.device, weight.dtype, "decode", (1, *widths), epilogue)
+def requests(
+    op: str, weight: Tensor, dtype: torch.dtype, widths: tuple[int, int], epilogue: Epilogue | None = None
+) -> Requests:
+    """What a call with a weight like ``weight``, of N rows and K columns, asks of an op; ``dtype``: of the activations
+    where the weight is quantised."""
+    stored = weight_format(weight)
+    dtype = weight.dtype if stored == "full" else dtype
+    decode = Request(op, weight.device, dtype, "decode", (1, *widths), epilogue, stored)
     return [(decode, replace(decode, regime="prefill", shape=(PREFILL_ROWS, *widths)))]
 
 
@@ -415,9 +445,9 @@ def _zeros(device: torch.device, count: int) -> Tensor:
     return zeros
 
 
-def _eps_name(norm: nn.Module) -> str:
-    """The attribute that holds a norm's epsilon."""
-    name = type(norm).__name__
-    if not isinstance(norm, WeightlessNorm | nn.LayerNorm) and "RMSNorm" not in name:
-        raise NotFusable(f"its {name} is neither an RMSNorm nor a LayerNorm")
-    return "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+def _eps_name(norm: nn.Module) -> str | None:
+    """The attribute that holds an RMSNorm's epsilon; None for other norms, which run as they are."""
+    if isinstance(norm, WeightlessNorm | nn.RMSNorm):
+        return "eps"
+    is_rms_norm = type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
+    return "variance_epsilon" if is_rms_norm else None

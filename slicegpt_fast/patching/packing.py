@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from slicegpt_fast.architectures import Weight
+from slicegpt_fast.errors import InputError
 from slicegpt_fast.kernels.regimes import Activation
 from slicegpt_fast.ops.dispatch import HALF
 from slicegpt_fast.ops.norm_linear import norm_linear
+from slicegpt_fast.ops.quantized import check_quantized
+from slicegpt_fast.quantization import QuantizedLinear
 
 DTYPES = (torch.float32, *HALF)
 
@@ -25,15 +28,21 @@ class PackedWeight:
 
     The parameters become views of the matrix: their names, shapes and values stay, no memory is added, and whoever
     writes into them writes into the matrix. Whoever replaces a parameter or moves the model leaves the matrix behind:
-    it must then be packed again.
+    it must then be packed again. Quantised weights are packed the same way, their integers and their scales.
     """
 
     def __init__(self, weights: list[Weight]) -> None:
         """``weights``: what is packed, in order."""
         self.weights = weights
-        self.matrix = torch.empty(0)  # [n, d], as it was packed
+        self.matrix = torch.empty(0)  # [n, d], as it was packed; integers where the weights are quantised
+        self.scales: Tensor | None = None  # of the integers
         self.bias: Tensor | None = None  # [n], zero where a weight has none; None where none has one
-        self.slots: list[Slot] = [(w.owner._parameters, name) for w in weights for name in (w.name, "bias")]
+        quantized = [weight.owner for weight in weights if isinstance(weight.owner, QuantizedLinear)]
+        self.quantized = len(quantized) == len(weights)
+        self.width: int = quantized[0].in_features if quantized else weights[0].matrix.shape[1]  # d
+        self.slots: list[Slot] = [(w.owner._parameters, w.name) for w in weights]
+        self.slots += [(w.owner._parameters, "bias") for w in weights]
+        self.slots += [(linear._parameters, "scales") for linear in quantized]
         self._shapes = [weight.matrix.shape for weight in weights]
 
     def rows(self) -> list[slice]:
@@ -41,25 +50,41 @@ class PackedWeight:
         ends = accumulate(shape[0] for shape in self._shapes)
         return [slice(start, end) for start, end in pairwise([0, *ends])]
 
-    def parts(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The weights [out, in] as they are now, and their biases."""
-        return [weight.matrix for weight in self.weights], [weight.bias for weight in self.weights]
+    def parts(self) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+        """The weights [out, in] as they are now, their biases, and the scales of those that are quantised."""
+        scales: list[Tensor] = [
+            weight.owner.scales for weight in self.weights if isinstance(weight.owner, QuantizedLinear)
+        ]
+        return [weight.matrix for weight in self.weights], [weight.bias for weight in self.weights], scales
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether the weights, as they were packed, belong to activations of ``dtype``."""
+        floating = [self.bias] if self.quantized else [self.matrix, self.bias]
+        return all(x is None or x.dtype == dtype for x in floating)
 
     def refusal(self) -> str | None:
         """Why the weights, as they are now, cannot be one matrix of the ops, or None."""
-        found = [parameters.get(name) for parameters, name in self.slots]
-        if any(parameter is None for parameter in found[::2]):
+        found, count = [parameters.get(name) for parameters, name in self.slots], len(self.weights)
+        held, biases, scales = found[:count], found[count : 2 * count], found[2 * count :]
+        if any(parameter is None for parameter in (*held, *scales)):
             return "one of its weights is no parameter of its module"
+        if scales and not self.quantized:
+            return "only some of its weights are quantised"
         present = [parameter for parameter in found if parameter is not None]
+        floating = [parameter for parameter in biases if parameter is not None] if self.quantized else present
         for parameter in present:
-            if type(parameter) is not Parameter or parameter.dtype not in DTYPES:
+            known = type(parameter) is Parameter and (self.quantized or parameter.dtype in DTYPES)
+            if not known:
                 return f"its weights are quantised or of dtype {parameter.dtype}"
-        if any(p.dtype != present[0].dtype or p.device != present[0].device for p in present):
+        if any(p.dtype != floating[0].dtype for p in floating) or any(p.device != present[0].device for p in present):
             return "its weights have more than one dtype or device"
         if [weight.matrix.shape for weight in self.weights] != self._shapes:
             return "one of its weights has another shape"
-        if any(b is not None and b.shape != s[:1] for b, s in zip(found[1::2], self._shapes, strict=True)):
+        if any(b is not None and b.shape != s[:1] for b, s in zip(biases, self._shapes, strict=True)):
             return "one of its biases has another shape"
+        reason = self._unlike_quantized() if self.quantized else None
+        if reason is not None:
+            return reason
         if torch.compiler.is_compiling() or present[0].device.type != "cpu":
             return None
         shared = any(parameter.is_shared() for parameter in present)
@@ -69,15 +94,30 @@ class PackedWeight:
     @torch.no_grad()
     def pack(self) -> None:
         """Fill the matrix and let the parameters be views of it."""
-        parts, biases = self.parts()
+        parts, biases, scales = self.parts()
         matrix, bias = joined(parts, biases)
+        self.scales = stacked_or_copied(scales) if scales else None
         for weight, rows in zip(self.weights, self.rows(), strict=True):
             weight.view_of(matrix[rows], None if bias is None else bias[rows])
+            if self.scales is not None:
+                weight.owner.scales.data = self.scales[rows]
         self.matrix, self.bias = matrix, bias
+
+    def _unlike_quantized(self) -> str | None:
+        """Why quantised weights cannot be one matrix of the ops, or None."""
+        parts, _, scales = self.parts()
+        if len({(weight.dtype, scale.shape[-1]) for weight, scale in zip(parts, scales, strict=True)}) > 1:
+            return "its weights are quantised in more than one format"
+        try:
+            for weight, scale in zip(parts, scales, strict=True):
+                check_quantized("weight", weight, scale, self.width)
+        except InputError:
+            return "its quantised weights and their scales do not fit each other"
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, whose parameters stand by themselves until they are packed."""
-        return self.__dict__ | {"matrix": torch.empty(0), "bias": None}
+        return self.__dict__ | {"matrix": torch.empty(0), "scales": None, "bias": None}
 
 
 class PackedWeights:
@@ -109,6 +149,10 @@ class PackedWeights:
         """Why the weights, as they are now, cannot be packed, or None."""
         return next((reason for packed in self._packed if (reason := packed.refusal()) is not None), None)
 
+    def take(self, dtype: torch.dtype) -> bool:
+        """Whether all of them, as they were packed, belong to activations of ``dtype``."""
+        return all(packed.takes(dtype) for packed in self._packed)
+
     def absent(self) -> bool:
         """True where a weight is not here, but on the device "meta"."""
         found = [parameters.get(name) for parameters, name in self.slots]
@@ -137,12 +181,18 @@ def where(slots: list[Slot]) -> list[Any]:
 
 def joined(parts: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """Weights [out, in] as one matrix and biases [out] as one vector or None: views where they lie as its rows."""
-    matrix = stacked(parts)
-    if all(bias is None for bias in biases):
-        return torch.cat(parts) if matrix is None else matrix, None
-    filled = [part.new_zeros(part.shape[0]) if b is None else b for b, part in zip(biases, parts, strict=True)]
-    bias = stacked(filled)
-    return torch.cat(parts) if matrix is None else matrix, torch.cat(filled) if bias is None else bias
+    matrix = stacked_or_copied(parts)
+    known = next((bias for bias in biases if bias is not None), None)
+    if known is None:
+        return matrix, None
+    filled = [known.new_zeros(part.shape[0]) if b is None else b for b, part in zip(biases, parts, strict=True)]
+    return matrix, stacked_or_copied(filled)
+
+
+def stacked_or_copied(parts: list[Tensor]) -> Tensor:
+    """The tensor of which ``parts`` are the rows, or a copy of them one below the other."""
+    found = stacked(parts)
+    return torch.cat(parts) if found is None else found
 
 
 def stacked(parts: list[Tensor]) -> Tensor | None:
@@ -162,6 +212,7 @@ def _norm_linear_of_parts(
     h: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
+    scales: list[Tensor],
     eps: float,
     full_width: int,
     sumsq: Tensor | None,
@@ -172,9 +223,9 @@ def _norm_linear_of_parts(
     """``norm_linear`` for compiled graphs: the weights one by one, joined without a copy where they lie as packed."""
     weight, bias = joined(weights, biases)
     bias = bias[:-unscaled] if bias is not None and unscaled else bias
-    return norm_linear(
-        h, weight, bias, eps, full_width, sumsq, cast(Activation | None, activation), unscaled, backend=backend
-    )
+    joined_scales = stacked_or_copied(scales) if scales else None
+    norm, activated = (eps, full_width, sumsq), cast(Activation | None, activation)
+    return norm_linear(h, weight, bias, *norm, activated, unscaled, scales=joined_scales, backend=backend)
 
 
 def _norm_linear_of_parts_fake(h: Tensor, weights: list[Tensor], *others: Any) -> Tensor:
@@ -185,8 +236,8 @@ def _norm_linear_of_parts_fake(h: Tensor, weights: list[Tensor], *others: Any) -
 
 LIBRARY = torch.library.Library("slicegpt_fast", "FRAGMENT")
 LIBRARY.define(
-    "norm_linear_of_parts(Tensor h, Tensor[] weights, Tensor?[] biases, float eps, int full_width, Tensor? sumsq,"
-    " str? activation, int unscaled, str backend) -> Tensor"
+    "norm_linear_of_parts(Tensor h, Tensor[] weights, Tensor?[] biases, Tensor[] scales, float eps, int full_width,"
+    " Tensor? sumsq, str? activation, int unscaled, str backend) -> Tensor"
 )
 LIBRARY.impl("norm_linear_of_parts", _norm_linear_of_parts, "CompositeExplicitAutograd")
 torch.library.register_fake("slicegpt_fast::norm_linear_of_parts", _norm_linear_of_parts_fake, lib=LIBRARY)

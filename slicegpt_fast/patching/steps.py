@@ -25,12 +25,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slicegpt_fast import _C
 from slicegpt_fast.architectures import Branch, Decoder, Heads
-from slicegpt_fast.kernels.native import ACTIVATIONS, DTYPES
+from slicegpt_fast.kernels.native import ACTIVATIONS, DTYPES, WEIGHT_DTYPES
 from slicegpt_fast.kernels.operands import heads, tokens
 from slicegpt_fast.kernels.regimes import DECODE_ROWS
 from slicegpt_fast.ops.dispatch import asked_for
 from slicegpt_fast.patching.caches import Rooms, RoomsInUse
-from slicegpt_fast.patching.guards import Forward, Guard, infers, is_known
+from slicegpt_fast.patching.guards import Forward, Guard, home_of, infers, is_known
 from slicegpt_fast.patching.layers import FusedAttention, FusedBranch, FusedLayer, FusedSublayer, running
 from slicegpt_fast.patching.packing import where
 from slicegpt_fast.slicing.layers import AlignedShortcut, WeightlessNorm
@@ -216,14 +216,14 @@ class Run:
         return True
 
     def _step(self, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-        if self._program is None or self._program.stale():
-            if not _usable_norms(_branches(self.sublayers), hidden_states.dtype):
+        dtype = hidden_states.dtype
+        if self._program is None or self._program.dtype != dtype or self._program.stale():
+            taken = all(sublayer.weights.take(dtype) for sublayer in self.sublayers)
+            if not taken or not _usable_norms(_branches(self.sublayers), dtype):
                 return None
-            self._program = Program(self.sublayers, self.heads)
+            self._program = Program(self.sublayers, self.heads, dtype)
         program = self._program
         B, T, _ = hidden_states.shape
-        if hidden_states.dtype != program.dtype:
-            return None
         indices = [cast(int, attention.module.layer_idx) for attention in self.attentions]
         caches = program.rooms.use(arguments.get(self.cache_name), indices, B, T)
         mask = arguments.get("attention_mask")
@@ -249,15 +249,15 @@ def _fits(mask: Any, batch: int, new: int, caches: RoomsInUse) -> bool:
 class Program:
     """A decode program, its activations' memory, and what it was made from."""
 
-    def __init__(self, sublayers: list[FusedSublayer], heads: Heads) -> None:
+    def __init__(self, sublayers: list[FusedSublayer], heads: Heads, dtype: torch.dtype) -> None:
         self._sublayers = sublayers
         self._heads = heads
         self._native = _C.Program()
         self._memory: dict[tuple[str, int], Tensor] = {}
         self._values = self._read()
-        self.dtype = sublayers[0].branches[0].reader.matrix.dtype
+        self.dtype = dtype
         self.rooms = Rooms(heads, self.dtype, self._native)
-        width = sublayers[0].branches[0].reader.matrix.shape[1]
+        width = sublayers[0].branches[0].reader.width
         self._input = stream = self._rows("stream 0", width)
         for number, sublayer in enumerate(sublayers):
             stream = self._add(sublayer, stream, number)
@@ -280,7 +280,7 @@ class Program:
     def _read(self) -> list[Any]:
         found: list[Any] = [sublayer.weights.packs for sublayer in self._sublayers]
         for branch in _branches(self._sublayers):
-            found += [getattr(branch.norm, branch.eps_name), branch.norm.__dict__.get("full_width")]
+            found += [getattr(branch.norm, cast(str, branch.eps_name)), branch.norm.__dict__.get("full_width")]
             if isinstance(branch, FusedAttention):
                 found += [branch.module.scaling, branch.module.is_causal]
             for norm in _weighted_norms(branch):
@@ -305,14 +305,16 @@ class Program:
             residual, a2, weight2 = self._shortcut(sublayer, h, read) if index == 0 else (written, None, None)
             # A sublayer reads h until its last op, and has two results at most: a third memory is free.
             written = self._rows(f"stream {(2 * number + index + 1) % 4}", branch.writer.matrix.shape[0])
+            writer = branch.writer
             self._native.residual_linear(
-                a, branch.writer.matrix, branch.writer.bias, residual, a2, weight2, written, DTYPES[self.dtype]
-            )
+                a, writer.matrix, writer.scales, writer.bias, residual, a2, weight2, written,
+                WEIGHT_DTYPES[writer.matrix.dtype], DTYPES[self.dtype],
+            )  # fmt: skip
         return written
 
     def _read_stream(self, branch: FusedBranch, h: Tensor) -> Tensor:
         weight, norm = branch.reader.matrix, branch.norm
-        eps = cast(float, getattr(norm, branch.eps_name))
+        eps = cast(float, getattr(norm, cast(str, branch.eps_name)))
         if isinstance(norm, WeightlessNorm):
             norm_weight, full_width = None, norm.full_width
         else:
@@ -320,8 +322,8 @@ class Program:
         rows = weight.shape[0] - branch.unscaled
         read = self._rows("read", (rows // 2 if branch.activation == "silu_gate" else rows) + branch.unscaled)
         self._native.norm_linear(
-            h, weight, norm_weight, branch.bias, read, branch.unscaled, eps, full_width, ACTIVATIONS[branch.activation],
-            DTYPES[self.dtype],
+            h, weight, branch.reader.scales, norm_weight, branch.bias, read, branch.unscaled, eps, full_width,
+            ACTIVATIONS[branch.activation], WEIGHT_DTYPES[weight.dtype], DTYPES[self.dtype],
         )  # fmt: skip
         return read
 
@@ -411,10 +413,13 @@ def _refusal(layer: FusedLayer | None, decoder: Decoder) -> str | None:
         if isinstance(sublayer.shortcut, AlignedShortcut) and sublayer.shortcut.padding:
             return "its stream grows wider"
         for branch in sublayer.branches:
-            if isinstance(branch.norm, nn.LayerNorm):
-                return "its LayerNorm subtracts a mean: slice the model first, at sparsity=0 to keep all of it"
+            if branch.eps_name is None:
+                name = type(branch.norm).__name__
+                return f"its {name} is no plain RMSNorm: slice the model first, at sparsity=0 to keep all of it"
+            if branch.branch.multiplier is not None:
+                return "what its branches add to the stream is scaled"
             if isinstance(branch, FusedAttention):
-                reason = _unlike_attend(branch, heads, str(decoder.model.config.model_type))
+                reason = _unlike_attend(branch, heads, home_of(decoder.model))
                 if reason is not None:
                     return reason
             elif branch.activation is None:

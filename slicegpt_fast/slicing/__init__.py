@@ -12,6 +12,7 @@ from slicegpt_fast.slicing.cuts.budget import CutResult, cut_to_budget
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
 from slicegpt_fast.slicing.options import SliceArguments, SliceOptions
 from slicegpt_fast.slicing.plan import SlicePlan, block_parameters, dense_sizes, fit_widths, make_plan
+from slicegpt_fast.slicing.quantizing import dequantize_model, quantize_model
 from slicegpt_fast.slicing.rotation import apply_bases
 from slicegpt_fast.slicing.selfcheck import check_layers
 from slicegpt_fast.slicing.storage import IN_MEMORY, Storage
@@ -28,10 +29,12 @@ __all__ = [
     "block_parameters",
     "cut_to_budget",
     "dense_sizes",
+    "dequantize_model",
     "find_bases",
     "first_plan",
     "fit_bases",
     "make_plan",
+    "quantize_model",
     "slice_config_of",
     "slice_model",
 ]

@@ -179,7 +179,7 @@ def _fit(stream: Stream, sliced: MutableSequence[Tensor], site: Site, basis: Ten
     gram = _square(width, basis.device)
     cross = torch.zeros(width, full, dtype=torch.float64, device=basis.device)
     for index, (dense, mask) in enumerate(stream.batches()):
-        narrow = without_mean(sliced[index]) if stream.centered else sliced[index]
+        narrow = without_mean(sliced[index]) if stream.architecture.centered else sliced[index]
         narrow = sliced[index] = narrow @ factor
         x = (narrow * rstd(narrow, full, eps)).flatten(0, 1)
         y = (dense * rstd(dense, full, eps)).flatten(0, 1)
@@ -200,7 +200,8 @@ def _advance_sliced(stream: Stream, sliced: MutableSequence[Tensor], site: Site,
         narrow = sliced[index]
         estimate = (narrow * rstd(narrow, len(basis), norm_eps(site.norm))).to(narrow.dtype) @ fitted
         norms = {branch.norm: at(site.part, branch.norm) for branch in site.sublayer.branches}
-        normalised = {path: _affine(norm, estimate) for path, norm in norms.items()}
+        gains = {path: stream.architecture.gain(norm) for path, norm in norms.items()}
+        normalised = {path: _affine(norm, gains[path], estimate) for path, norm in norms.items()}
         sliced[index] = narrow @ basis.T + stream.output(site, index, normalised)
 
 
@@ -226,9 +227,9 @@ def align(bases: Bases, *, storage: Storage = IN_MEMORY) -> Bases:
     return replace(bases, matrices=matrices, readers=readers)
 
 
-def _affine(norm: Any, normalised: Tensor) -> Tensor:
-    """The last step of a norm: its weight and, for a LayerNorm, its bias."""
-    weighted = normalised if norm.weight is None else normalised * norm.weight
+def _affine(norm: Any, gain: Tensor | None, normalised: Tensor) -> Tensor:
+    """The last step of a norm: its gain and, for a LayerNorm, its bias."""
+    weighted = normalised if gain is None else normalised * gain
     return weighted if getattr(norm, "bias", None) is None else weighted + norm.bias
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import architecture_of, at
+from slicegpt_fast.quantization import count_parameters
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
-from slicegpt_fast.slicing.plan import SlicePlan
 from slicegpt_fast.slicing.summary import kept_directions, kept_sizes, shortcuts
 from slicegpt_fast.slicing.trust import stock_model
 
@@ -79,12 +79,13 @@ def _front_matter(model: PreTrainedModel) -> str:
 
 
 def _body(model: PreTrainedModel, slice_config: SliceConfig, figures: Sequence[Figure], text: str | None) -> str:
+    made = _made(slice_config)
     table = [f"| {label.strip()} | {dense} | {sliced} |" for label, dense, sliced in figures]
     return "\n".join(
         [
-            f"# {getattr(model.config, 'sliced_from', None) or model.config.model_type}, sliced",
+            f"# {getattr(model.config, 'sliced_from', None) or model.config.model_type}, {' and '.join(made)}",
             "",
-            "A language model sliced to fewer rows and columns of its weights (SliceGPT, arXiv 2401.15024). It loads",
+            f"A language model {' and '.join(made.values())}. It loads",
             "once the package `slicegpt-fast` is imported:",
             "",
             "```python",
@@ -99,30 +100,47 @@ def _body(model: PreTrainedModel, slice_config: SliceConfig, figures: Sequence[F
             "| | dense | sliced |",
             "|---|---:|---:|",
             *table,
-            *_elsewhere(model, slice_config.plan()),
+            *_elsewhere(model, slice_config),
             "",
             "",
         ]
     )
 
 
+def _made(slice_config: SliceConfig) -> dict[str, str]:
+    """What was made of the dense model, in a word and in some more."""
+    made = {}
+    if slice_config.plan().cuts:
+        made["sliced"] = "sliced to fewer rows and columns of its weights (SliceGPT, arXiv 2401.15024)"
+    if precision := slice_config.rounding():
+        made["quantised"] = f"with weights of {precision.bits} bits"
+    return made
+
+
 def _plan(model: PreTrainedModel, slice_config: SliceConfig, text: str | None) -> list[str]:
     """What was kept, and by what."""
-    plan = slice_config.plan()
+    plan, precision = slice_config.plan(), slice_config.rounding()
     tokens = f"{slice_config.calibration_tokens} tokens" + (f" of {text}" if text else "")
+    weights = [f"* Weights: {precision}."] if precision else []
+    calibrated = [f"* Calibrated on {tokens}."] if slice_config.calibration_tokens else []
     if plan.cuts_layers:
-        return [f"* Kept: {kept_sizes(_dense(model), plan)}.", f"* Calibrated on {tokens}."]
+        return [f"* Kept: {kept_sizes(_dense(model), plan)}.", *weights, *calibrated]
+    if not plan.cuts:
+        return [*weights, *calibrated]
     return [
+        *weights,
         f"* Basis: {plan.basis}, fitted to the {plan.signal} signal of {tokens}.",
         f"* Directions kept: {kept_directions(plan)}, {plan.widths[-1]} at the head; {shortcuts(plan)}.",
     ]
 
 
-def _elsewhere(model: PreTrainedModel, plan: SlicePlan) -> list[str]:
+def _elsewhere(model: PreTrainedModel, slice_config: SliceConfig) -> list[str]:
     """What makes of the folder a checkpoint that other engines load; nothing where that is refused."""
+    plan, quantised = slice_config.plan(), slice_config.rounding() is not None
+    row = architecture_of(model.config)
     one_width = len(set(plan.groups)) == 1 and len(set(plan.widths)) == 1
-    stock = one_width and (plan.basis is None or not architecture_of(model.config).centered)
-    if not stock or len(set(plan.channels)) > 1 or plan.values:
+    stock = one_width and (plan.basis is None or (row.resizable and not row.centered))
+    if not stock or len(set(plan.channels)) > 1 or plan.values or quantised:
         return []
     return [
         "",
@@ -143,7 +161,7 @@ def _sizes(model: PreTrainedModel) -> list[Figure]:
     """What follows from the model alone; whether the dense one had its head tied is not recorded."""
     layers = architecture_of(model.config).layers
     dense, sliced = _blocks(_dense(model), layers), _blocks(model, layers)
-    stored = sum(parameter.numel() for parameter in model.parameters())
+    stored = count_parameters(model)
     size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     return [
         Figure("stored parameters", "", f"{stored:,}"),
@@ -153,4 +171,4 @@ def _sizes(model: PreTrainedModel) -> list[Figure]:
 
 
 def _blocks(model: PreTrainedModel, layers: str) -> int:
-    return sum(parameter.numel() for parameter in at(model, layers).parameters())
+    return count_parameters(at(model, layers))

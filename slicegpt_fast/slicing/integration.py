@@ -2,9 +2,9 @@
 
 * ``PreTrainedModel.__init__`` refuses the config of a sliced model, for its dense skeleton would carry a plan that it
   does not follow. ``from_pretrained``, which narrows the skeleton, passes.
-* ``PreTrainedModel.save_pretrained`` adds three things where the model is sliced: a model card; an empty tensor under
-  the name of the final norm's weight, whose shape stops every loader that does not know the plan; and the folder as
-  the model's name, which adapters record as their base.
+* ``PreTrainedModel.save_pretrained`` adds three things where the model is sliced or quantised: a model card; an empty
+  tensor under the name of the final norm's weight, or of the first quantised one, whose shape stops every loader that
+  does not know the plan; and the folder as the model's name, which adapters record as their base.
 * What ``push_to_hub`` uploads has the model card in place of the template that transformers has written over it.
 """
 
@@ -20,8 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.errors import InputError
+from slicegpt_fast.quantization import STORED, quantized_modules
 from slicegpt_fast.slicing.card import base_of, replace_template, write_card
-from slicegpt_fast.slicing.format import SliceConfig, guard_name, slice_config_of
+from slicegpt_fast.slicing.format import SliceConfig, guard_names, slice_config_of
 
 UNSAVED = "(sliced and not saved: call save_pretrained before adapting it)"
 
@@ -30,12 +31,22 @@ _upload = PreTrainedModel._upload_modified_files
 _saving = inspect.signature(_save_pretrained)
 
 
-def guard_tensor(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The empty tensor that is stored with a model of sliced stream, by its name; else its norms have weights."""
-    slice_config = slice_config_of(model)
-    if slice_config is None or slice_config.plan().basis is None:
-        return {}
-    return {guard_name(model): torch.empty(0, dtype=model.dtype)}
+def guard_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The empty tensors that are stored with a sliced or quantised model, by their names."""
+    return {name: torch.empty(0, dtype=model.dtype) for name in guard_names(model)}
+
+
+def stored_state(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored of the tensors of a sliced or quantised model, by the names that they have in its files.
+
+    The integers of quantised matrices are called by another name than a dense model's weights, once where a head and a
+    table share them, and the guards are added.
+    """
+    quantized = quantized_modules(model)
+    tied = model.all_tied_weights_keys if quantized else {}
+    integers = {f"{path}.weight": f"{path}.{STORED}" for path in quantized}
+    named = {integers.get(name, name): tensor for name, tensor in state.items() if name not in tied}
+    return named | guard_tensors(model)
 
 
 def name_sliced(model: PreTrainedModel, name: str | None) -> None:
@@ -65,8 +76,8 @@ def _init_unless_sliced(self: PreTrainedModel, config: PreTrainedConfig, *inputs
     slice_config = slice_config_of(config)
     if slice_config is not None and not slice_config.loading:
         raise InputError(
-            f"the config of a sliced model does not build one from scratch ({type(self).__name__}): load it with "
-            "from_pretrained, or delete config.quantization_config for the dense model."
+            f"the config of a sliced or quantised model does not build one from scratch ({type(self).__name__}): load "
+            "it with from_pretrained, or delete config.quantization_config for the dense model."
         )
     _init(self, config, *inputs, **kwargs)
 
@@ -79,7 +90,7 @@ def _save_pretrained_sliced(self: PreTrainedModel, *args: Any, **kwargs: Any) ->
     bound = _saving.bind(self, *args, **kwargs)
     bound.apply_defaults()
     state_dict = bound.arguments["state_dict"]
-    bound.arguments["state_dict"] = (self.state_dict() if state_dict is None else state_dict) | guard_tensor(self)
+    bound.arguments["state_dict"] = stored_state(self, self.state_dict() if state_dict is None else state_dict)
     result = _save_pretrained(*bound.args, **bound.kwargs)
     folder = bound.arguments["save_directory"]
     if bound.arguments["is_main_process"] and os.path.isdir(folder):

@@ -123,6 +123,8 @@ def run_branch(layer: nn.Module, branch: Branch, normalised: Tensor, **layer_arg
     output, attention_weights = output[:2] if isinstance(output, tuple) else (output, None)
     for path in others:
         output = at(layer, path)(output)
+    if branch.multiplier is not None:
+        output = output * getattr(layer, branch.multiplier)
     return output, attention_weights
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Literal, TypedDict, cast, get_args
+from typing import Literal, TypedDict, cast
 
 import torch
 
+from slicegpt_fast.architectures import AXES, Axis
 from slicegpt_fast.errors import InputError, check_choice, is_whole
 from slicegpt_fast.kernels.regimes import TILE
 
@@ -15,10 +16,8 @@ Signal = Literal["raw", "normalized"]
 Shortcut = Literal["dense", "aligned"]
 Schedule = Literal["uniform", "variance"]
 RoundTo = int | Literal["auto"]
-Axis = Literal["stream", "channels", "values"]
 Budget = Literal["params", "bytes", "flops"]
 
-AXES: tuple[Axis, ...] = get_args(Axis)
 ROUND_TO = 8  # the published step
 # What sizes are multiples of where nothing else is asked for, by axis and device type.
 STEPS: dict[Axis, dict[str, int]] = {

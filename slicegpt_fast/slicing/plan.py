@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Decoder, at, weights
+from slicegpt_fast.architectures import Axis, Decoder, at, weights
 from slicegpt_fast.errors import InputError, is_whole
+from slicegpt_fast.quantization import count_parameters
 from slicegpt_fast.slicing.cuts.narrow import channels_of
-from slicegpt_fast.slicing.options import Axis, Basis, Shortcut, Signal, SliceOptions
+from slicegpt_fast.slicing.options import Basis, Shortcut, Signal, SliceOptions
 from slicegpt_fast.slicing.trust import check_trusted
 
 
@@ -54,6 +55,11 @@ class SlicePlan:
     def sizes(self, axis: Axis) -> tuple[int, ...]:
         """Return the sizes kept along an axis: of each site, or of each decoder layer where any of it is cut."""
         return {"stream": self.widths, "channels": self.channels, "values": self.values}[axis]
+
+    @property
+    def cuts(self) -> bool:
+        """Whether anything is cut at all: weights of fewer bits may be all that a model has of its own."""
+        return self.basis is not None or self.cuts_layers
 
     @property
     def cuts_layers(self) -> bool:
@@ -135,6 +141,12 @@ def make_plan(model: PreTrainedModel, options: SliceOptions) -> SlicePlan:
     return fitting[-1]
 
 
+def uncut_plan(decoder: Decoder) -> SlicePlan:
+    """Return the plan that leaves a dense model as it is."""
+    sites = len(decoder.sites)
+    return SlicePlan(None, "normalized", decoder.width, (decoder.width,) * sites, (0,) * sites)
+
+
 def fit_widths(model: PreTrainedModel, plan: SlicePlan, spectra: Tensor, options: SliceOptions) -> SlicePlan:
     """Give every basis of ``plan`` a size of its own: the same share of its variance, within a budget.
 
@@ -179,7 +191,7 @@ def block_parameters(model: PreTrainedModel) -> int:
 
 
 def _block_parameters(decoder: Decoder) -> int:
-    return sum(parameter.numel() for layer in decoder.layers for parameter in layer.parameters())
+    return sum(map(count_parameters, decoder.layers))
 
 
 def parameter_counter(decoder: Decoder) -> Callable[[SlicePlan], int]:
@@ -287,7 +299,7 @@ def check_sliceable(decoder: Decoder) -> None:
     block = getattr(model.config, "quantization_config", None)
     method = getattr(block, "quant_method", block.get("quant_method") if isinstance(block, dict) else None)
     if method == "slicegpt":
-        raise InputError("the model is sliced already: slice the dense model it was made from.")
+        raise InputError("the model is sliced or quantised already: slice the dense model it was made from.")
     if method is not None:
         raise InputError(
             f"the model is quantised ({method}): slice the unquantised model with basis='shared', export it, and "

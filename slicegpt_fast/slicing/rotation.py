@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Decoder, Weight, at, weights
+from slicegpt_fast.architectures import Decoder, Weight, at, embedding_scale, weights
 from slicegpt_fast.slicing.bases import Bases
 from slicegpt_fast.slicing.format import SliceConfig
 from slicegpt_fast.slicing.integration import mark_sliced
@@ -24,8 +24,8 @@ def apply_bases(model: PreTrainedModel, bases: Bases, *, progress: bool = True) 
 
     With ``Q`` the basis of a linear layer's site, ``Q'`` that of the site after it and ``gamma`` its norm's weight:
     readers become ``W diag(gamma) Q``, writers ``Q'^T W`` and ``Q'^T b``, shortcuts ``Q^T Q'``, the embedding ``E Q``.
-    Where the plan keeps the head tied to the embedding, E stays, with maps ``Q`` behind it and ``diag(gamma) Q`` with
-    the bias ``beta`` before the head.
+    Where the plan keeps the head tied to the embedding, E stays, with maps ``Q``, which takes in the factor of a scaled
+    embedding, behind it and ``diag(gamma) Q`` with the bias ``beta`` before the head.
     A LayerNorm subtracts the mean of the stream: there, writers and embeddings take ``Q - mean(Q)`` and leave it none.
 
     Raises:
@@ -66,7 +66,7 @@ def rotations(dense: Decoder, sliced: Decoder, bases: Bases) -> list[tuple[tuple
         for path, embeddings in dense.embeddings.items():
             target, table = sliced.embeddings[path], _exact(embeddings.weight)
             if isinstance(target, MappedEmbedding):
-                Weight(target.map).matrix = writing(0).T
+                Weight(target.map).matrix = writing(0).T * embedding_scale(embeddings)
                 copy_rest_(target, embeddings)
             else:
                 Weight(target).matrix = table @ writing(0).to(table)
@@ -78,8 +78,9 @@ def rotations(dense: Decoder, sliced: Decoder, bases: Bases) -> list[tuple[tuple
             reader, writer = bases.reader(site), writing(site + 1)
             for branch in sublayer.branches:
                 norm = at(layer, branch.norm)
+                gain = architecture.gain(norm)
                 for source, target in zip(weights(layer, branch.readers), weights(narrow, branch.readers), strict=True):
-                    _rotate_reader_(target, source, norm, reader)
+                    _rotate_reader_(target, source, norm, gain, reader)
                 for source, target in zip(weights(layer, branch.writers), weights(narrow, branch.writers), strict=True):
                     _rotate_writer_(target, source, writer)
             if bases.plan.has_shortcut(site):
@@ -89,14 +90,15 @@ def rotations(dense: Decoder, sliced: Decoder, bases: Bases) -> list[tuple[tuple
     @torch.no_grad()
     def rotate_head() -> None:
         reader, norm = bases.reader(dense.sites[-1].number), cast(Any, dense.final_norm)
+        gain = architecture.gain(norm)
         if isinstance(sliced.final_norm, MappedNorm):
             target = Weight(sliced.final_norm.map)
-            target.matrix = reader if norm.weight is None else reader * norm.weight.to(reader)[:, None]
+            target.matrix = reader if gain is None else reader * gain.to(reader)[:, None]
             if target.bias is not None:
                 target.bias = norm.bias.clone()
             sliced.model.tie_weights()
         else:
-            _rotate_reader_(Weight(sliced.head), Weight(dense.head), norm, reader)
+            _rotate_reader_(Weight(sliced.head), Weight(dense.head), norm, gain, reader)
         copy_rest_(sliced.head, dense.head)
 
     layer_calls = [partial(rotate_layer, index) for index in range(len(dense.layers))]
@@ -117,15 +119,15 @@ def _exact(weight: Tensor) -> Tensor:
     return weight.to(torch.float32 if weight.element_size() == 2 else torch.float64)
 
 
-def _rotate_reader_(target: Weight, source: Weight, norm: Any, basis: Tensor) -> None:
-    """``W diag(gamma) Q``, and for a norm with a bias beta ``b + W beta``."""
+def _rotate_reader_(target: Weight, source: Weight, norm: Any, gain: Tensor | None, basis: Tensor) -> None:
+    """``W diag(gamma) Q`` with the norm's gain gamma, and for a norm with a bias beta ``b + W beta``."""
     matrix = _exact(source.matrix)
     beta = getattr(norm, "bias", None)
     if beta is not None:
         folded = matrix @ beta.to(matrix)
         target.bias = folded if source.bias is None else folded + source.bias
-    if norm.weight is not None:
-        matrix = matrix * norm.weight.to(matrix)
+    if gain is not None:
+        matrix = matrix * gain.to(matrix)
     target.matrix = matrix @ basis.to(matrix)
 
 

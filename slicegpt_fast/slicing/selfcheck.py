@@ -88,8 +88,9 @@ def turn_layer_(layer: nn.Module, architecture: Architecture, turns: list[Tensor
     for sublayer, before, after in zip(architecture.sublayers, turns, turns[1:], strict=False):
         norms = {branch.norm: at(layer, branch.norm) for branch in sublayer.branches}
         for branch in sublayer.branches:
+            norm = norms[branch.norm]
             for reader in weights(layer, branch.readers):
-                _turn_reader_(reader, norms[branch.norm], before)
+                _turn_reader_(reader, norm, architecture.gain(norm), before)
             for writer in weights(layer, branch.writers):
                 _turn_writer_(writer, after, centred=architecture.centered)
         for path, norm in norms.items():
@@ -98,11 +99,11 @@ def turn_layer_(layer: nn.Module, architecture: Architecture, turns: list[Tensor
     layer.__class__ = with_shortcuts(type(layer), architecture)  # type: ignore[arg-type]
 
 
-def _turn_reader_(reader: Weight, norm: Any, vector: Tensor) -> None:
+def _turn_reader_(reader: Weight, norm: Any, gain: Tensor | None, vector: Tensor) -> None:
     matrix, beta = reader.matrix, getattr(norm, "bias", None)
     if beta is not None:
         reader.bias = matrix @ beta if reader.bias is None else matrix @ beta + reader.bias
-    reader.matrix = turned(matrix if norm.weight is None else matrix * norm.weight, vector)
+    reader.matrix = turned(matrix if gain is None else matrix * gain, vector)
 
 
 def _turn_writer_(writer: Weight, vector: Tensor, *, centred: bool) -> None:

@@ -70,6 +70,8 @@ def stock_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if isinstance(config.dtype, str):  # as save_pretrained has it, which some families cannot build from
+        config.dtype = getattr(torch, config.dtype)
     with torch.device("meta"):
         return cls(config)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from slicegpt_fast.architectures import Decoder, Site
+from slicegpt_fast.architectures import Architecture, Decoder, Site
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.layers import normalise, run_branches
@@ -27,7 +27,7 @@ class Stream:
         layer_arguments: per batch, the keyword arguments that each decoder layer is called with.
         tokens: how many positions count.
         device: that of the states.
-        centered: the model's norms subtract the stream's mean.
+        architecture: the model's row of the table.
     """
 
     states: MutableSequence[Tensor]
@@ -35,13 +35,13 @@ class Stream:
     layer_arguments: list[list[dict[str, Any]]]
     tokens: int
     device: torch.device
-    centered: bool
+    architecture: Architecture
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield each batch's states, without their mean where norms subtract it, and which of their rows count."""
         for index, mask in enumerate(self.counted):
             states = self.states[index]
-            if self.centered:
+            if self.architecture.centered:
                 states = self.states[index] = without_mean(states)
             yield states, mask
 
@@ -105,7 +105,7 @@ def enter(decoder: Decoder, calibration: Iterable[Batch], storage: Storage, *, a
             mask = batch["attention_mask"]
             layer_arguments.append(by_mask.setdefault((mask.shape, mask.cpu().numpy().tobytes()), arguments))
     counted = [None if mask.all() else mask for mask in masks]
-    return Stream(states, counted, layer_arguments, tokens, device, decoder.architecture.centered)
+    return Stream(states, counted, layer_arguments, tokens, device, decoder.architecture)
 
 
 def _embed(decoder: Decoder, batch: dict[str, Tensor]) -> tuple[Tensor, list[dict]]:

@@ -31,7 +31,7 @@ from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing import Bases, SliceArguments, SliceOptions, first_plan, fit_bases
 from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.card import write_card
-from slicegpt_fast.slicing.integration import guard_tensor
+from slicegpt_fast.slicing.integration import guard_tensors
 from slicegpt_fast.slicing.memory import free_memory
 from slicegpt_fast.slicing.rotation import outline, rotations
 from slicegpt_fast.streaming.memory import FREE_SHARE, Activations, activations_device, estimate
@@ -160,7 +160,7 @@ def _write(
                 rotate()
             filled = (at(sliced, path).state_dict(prefix=f"{path}.") for path in paths)
             tensors = revert_weight_conversion(sliced, {name: each for part in filled for name, each in part.items()})
-            tensors |= guard_tensor(sliced) if number == len(calls) else {}
+            tensors |= guard_tensors(sliced) if number == len(calls) else {}
             beside = file.with_suffix(".partial")
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
             beside.replace(file)

@@ -201,7 +201,7 @@ def test_registration(device):
     h, weight, bias, eps, width, sumsq, _, _ = inputs(4, 8, 5, torch.float32, device)
     with use_backend("reference"):
         for rest in ((sumsq, "silu_gate", 0), (torch.ones(4, device=device), None, 0)):
-            arguments = (h, weight, bias, eps, width, *rest, "auto")
+            arguments = (h, weight, bias, eps, width, *rest, None, "auto")
             torch.library.opcheck(torch.ops.slicegpt_fast.norm_linear, arguments)
 
 

@@ -52,11 +52,13 @@ def program_of(layers, dtype):
     memory = h, between, qkv, y, inner = [torch.zeros(ROWS, width, dtype=dtype) for width in widths]
     new = [heads(x) for x in split_heads(qkv[None])]
     for w in layers:
-        program.norm_linear(h, w["qkv"], None, w["bias"], qkv, 0, EPS, WIDTH, ACTIVATIONS[None], code)
+        program.norm_linear(h, w["qkv"], None, None, w["bias"], qkv, 0, EPS, WIDTH, ACTIVATIONS[None], code, code)
         program.attend(*new, None, None, y, D, RANK, 0.0, D**-0.5, code)
-        program.residual_linear(y, w["o"], None, None, h, w["S"], between, code)
-        program.norm_linear(between, w["gate_up"], None, None, inner, 0, EPS, WIDTH, ACTIVATIONS["silu_gate"], code)
-        program.residual_linear(inner, w["down"], None, between, None, None, h, code)
+        program.residual_linear(y, w["o"], None, None, None, h, w["S"], between, code, code)
+        program.norm_linear(
+            between, w["gate_up"], None, None, None, inner, 0, EPS, WIDTH, ACTIVATIONS["silu_gate"], code, code
+        )
+        program.residual_linear(inner, w["down"], None, None, between, None, None, h, code, code)
     return program, memory
 
 
@@ -85,8 +87,8 @@ def test_program_gives_the_bits_of_the_ops(dtype, threads):
 
 def one_norm_linear(h, weight, norm, unscaled):
     y = torch.empty(len(h), len(weight), dtype=h.dtype)
-    program = _C.Program()
-    program.norm_linear(h, weight, norm, None, y, unscaled, EPS, h.shape[1], ACTIVATIONS[None], DTYPES[h.dtype])
+    program, code = _C.Program(), DTYPES[h.dtype]
+    program.norm_linear(h, weight, None, norm, None, y, unscaled, EPS, h.shape[1], ACTIVATIONS[None], code, code)
     program.run(1, len(h), 0, 0, None, None, None, 2)
     return y
 

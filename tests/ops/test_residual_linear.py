@@ -159,8 +159,10 @@ def test_bad_arguments_are_named(name, change):
 def test_registration(device):
     a, weight, bias, h, S = inputs(4, 8, 5, "dense", torch.float32, device)
     with use_backend("reference"):
-        torch.library.opcheck(torch.ops.slicegpt_fast.residual_linear, (a, weight, bias, None, h, S, "auto"))
-        torch.library.opcheck(torch.ops.slicegpt_fast.residual_linear, (a, weight, None, h[:, :8], None, None, "auto"))
+        torch.library.opcheck(torch.ops.slicegpt_fast.residual_linear, (a, weight, bias, None, h, S, None, "auto"))
+        torch.library.opcheck(
+            torch.ops.slicegpt_fast.residual_linear, (a, weight, None, h[:, :8], None, None, None, "auto")
+        )
 
 
 def test_compiles_with_dynamic_shapes(device):

@@ -45,7 +45,9 @@ def sliced_model(family="llama", *, sparsity=0.25, basis="per-norm", **options):
 @pytest.mark.parametrize("sparsity", [0, 0.25])
 def test_a_sliced_config_alone_builds_nothing(build, copied, sparsity):
     config = copied(sliced_model(sparsity=sparsity).config)
-    with pytest.raises(InputError, match=r"the config of a sliced model does not build one .*: load it with"):
+    with pytest.raises(
+        InputError, match=r"the config of a sliced or quantised model does not build one .*: load it with"
+    ):
         build(config)
     del config.quantization_config
     assert isinstance(build(config), PreTrainedModel)

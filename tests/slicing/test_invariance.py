@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, LLAMA_FAMILIES, tiny_model, tokens
+from models import FAMILIES, LLAMA_FAMILIES, in_double, tiny_model, tokens
 
 from slicegpt_fast import slice_model
 from slicegpt_fast.architectures import Decoder
@@ -23,9 +23,10 @@ def test_no_sparsity_leaves_the_logits(family, basis, tied):
     model = tiny_model(family, tied=tied)
     ids = tokens(2, 33)
     expected = model(ids).logits
+    rounding = (in_double(model)(ids).logits - expected).abs().max()
     for signal in ("raw", "normalized"):
         sliced = slice_model(model, [tokens(4, 32, seed=1)], sparsity=0, basis=basis, signal=signal, progress=False)
-        assert (sliced(ids).logits - expected).abs().max() <= 1e-5 * spread(expected)
+        assert (sliced(ids).logits - expected).abs().max() <= 2e-5 * spread(expected) + 2 * rounding
     assert torch.equal(model(ids).logits, expected)
 
 
@@ -39,9 +40,8 @@ def test_a_shared_slice_is_a_projection_before_every_norm(family):
     ids = tokens(2, 19)
     sliced = apply_bases(model, bases, progress=False)(ids).logits
     dense = model(ids).logits
-    exact = torch.float32 if family in ("mixtral", "qwen3-moe") else torch.float64  # grouped matmuls know no fp64
-    projected = copy.deepcopy(model).to(exact)
-    projection = (bases.matrices[0] @ bases.matrices[0].T).to(exact)
+    projected = in_double(model)
+    projection = bases.matrices[0] @ bases.matrices[0].T
     norms = {branch.norm for sublayer in Decoder(model).architecture.sublayers for branch in sublayer.branches}
     final = Decoder(model).architecture.final_norm
 
@@ -56,7 +56,8 @@ def test_a_shared_slice_is_a_projection_before_every_norm(family):
             module.register_forward_pre_hook(project)
     expected = projected(ids).logits
     assert (expected - dense).abs().max() > 0.01 * spread(dense)
-    assert (sliced - expected).abs().max() <= 1e-5 * spread(expected)
+    rounding = (in_double(model)(ids).logits - dense).abs().max()
+    assert (sliced - expected).abs().max() <= 2e-5 * spread(expected) + 2 * rounding
 
 
 @torch.no_grad()
@@ -94,7 +95,8 @@ def test_slicing_is_projection(family, basis):
     exact = apply_bases(copy.deepcopy(model).double(), bases, progress=False)(ids).logits
     assert (exact - expected).abs().max() <= 1e-6 * spread(expected)  # norms and rotary tables are fp32 in any model
     sliced = apply_bases(model, bases, progress=False)(ids).logits
-    assert (sliced - expected).abs().max() <= 1e-5 * spread(expected)
+    rounding = (in_double(model)(ids).logits - dense).abs().max()
+    assert (sliced - expected).abs().max() <= 2e-5 * spread(expected) + 2 * rounding
 
 
 ROPE = {

@@ -222,7 +222,7 @@ def already_sliced(model):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (already_sliced, "the model is sliced already"),
+        (already_sliced, "the model is sliced or quantised already"),
         (on_meta, "is on the meta device"),
         (
             quantised,
@@ -258,7 +258,7 @@ def already_sliced(model):
         (lambda model: nn.Linear(3, 3), "model must be a transformers causal language model, not Linear"),
         (
             lambda model: BertLMHeadModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)),
-            "'bert' is not supported",
+            "'bert' cannot be sliced: it is an encoder",
         ),
         (lambda model: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1)), "'t5' is not supported"),
     ],
@@ -296,7 +296,7 @@ def test_families_that_hold_the_stream_to_one_width(family):
         (CONFIG_MAPPING["opt"](do_layer_norm_before=False), "this OPT normalises after its residual additions"),
         (CONFIG_MAPPING["olmo2"](), "model type 'olmo2' cannot be sliced: a weighted norm stands between"),
         (CONFIG_MAPPING["gemma2"](), "model type 'gemma2' cannot be sliced: a weighted norm stands between"),
-        (CONFIG_MAPPING["mamba"](), "model type 'mamba' is not supported: slicegpt-fast slices .*llama, mistral"),
+        (CONFIG_MAPPING["t5"](), "model type 't5' is not supported: slicegpt-fast slices .*llama, mellum"),
     ],
 )
 def test_families_the_method_does_not_apply_to(config, message):

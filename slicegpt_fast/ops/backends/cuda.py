@@ -40,7 +40,7 @@ def refuses(request: Request) -> str | None:
         return "it needs compute capability 8.0 or newer"
     if request.dtype not in HALF:
         return f"it has no {request.dtype} kernel"
-    return None
+    return None if request.weight == "full" else f"it has no kernel for weights in {request.weight}"
 
 
 def hopper_refuses(request: Request) -> str | None:
@@ -110,6 +110,7 @@ def norm_linear(
     sumsq: Tensor | None,
     activation: str | None,
     unscaled: int,
+    scales: None = None,
 ) -> Tensor:
     """The op, for an h and a weight with elements."""
     h, weight = rows(h), rows(weight)
@@ -140,7 +141,13 @@ def norm_linear(
 
 
 def residual_linear(
-    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, a2: Tensor | None, weight2: Tensor | None
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    a2: Tensor | None,
+    weight2: Tensor | None,
+    scales: None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op, for an a and a weight with elements."""
     a, weight, residual, bias = rows(a), rows(weight), rows(residual), vector(bias)

@@ -32,7 +32,7 @@ def refuses(request: Request) -> str | None:
         return f"it has no {request.dtype} kernel"
     if request.dtype == torch.float32 and request.capability >= (10, 0):
         return "on this GPU Triton rounds fp32 operands to tf32"
-    return None
+    return None if request.weight == "full" else f"it has no kernel for weights in {request.weight}"
 
 
 def tiles(request: Request, *widths: int) -> tuple[Tile, ...]:

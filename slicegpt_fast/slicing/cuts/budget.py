@@ -87,6 +87,7 @@ def cut_to_budget(
     """
     decoder = Decoder(model)
     check_sliceable(decoder)
+    options = _within_row(options, decoder)
     batches = [*checked(calibration, model.config, torch.device("cpu"))]
     if check:
         check_layers(model, batches)
@@ -128,6 +129,16 @@ def cut_to_sizes(
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     mark_sliced(cut, decoder.model, SliceConfig(tokens, **vars(plan)))
     return cut, bases
+
+
+def _within_row(options: SliceOptions, decoder: Decoder) -> SliceOptions:
+    """The options with the axes that the family takes; InputError where they name one that it refuses."""
+    refused = dict(decoder.architecture.refused)
+    for axis in options.axes if options.cut not in (None, "auto") else ():
+        if axis in refused:
+            family = decoder.model.config.model_type
+            raise InputError(f"{family} models cannot be cut along {axis!r}: {refused[axis]}. Leave it out of cut.")
+    return replace(options, cut=tuple(axis for axis in options.axes if axis not in refused))
 
 
 def _fit(

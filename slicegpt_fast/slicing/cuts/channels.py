@@ -18,18 +18,12 @@ activation is elementwise. Two matrix products per step, about 2 F^2 (F + D) mul
 import torch
 from torch import Tensor
 
+from slicegpt_fast.elimination import damped, inverse_metric, take_
 from slicegpt_fast.slicing.cuts.curve import Curve
 
 # Shares of the mean diagonal of C. Of 0.1, 0.3 and 0.6 the second repairs best on text that is neither for calibration
 # nor in any table (SmolLM2 at 0.8: perplexity 22.52, 22.42, 22.44).
 DAMPING, REPAIR_DAMPING = 0.1, 0.3
-
-
-def damped(inputs: Tensor, damping: float) -> Tensor:
-    """Return A = C + damping meandiag(C) I, the metric of a writer's inputs; the identity where C is zero."""
-    mean = inputs.diagonal().mean()
-    ridge = torch.where(mean > 0, damping * mean, 1.0)
-    return inputs + torch.diag(ridge.expand(len(inputs)))
 
 
 def eliminate(writer: Tensor, inputs: Tensor, gradients: Tensor, *, step: int = 32) -> tuple[Tensor, Curve]:
@@ -46,7 +40,7 @@ def eliminate(writer: Tensor, inputs: Tensor, gradients: Tensor, *, step: int = 
         curve: predicted loss per token against channels kept, from F down to ``step`` (or F, where that is less).
     """
     width = len(writer)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(inputs.double(), DAMPING)))
+    inverse = inverse_metric(inputs, DAMPING)
     costly = writer.double() @ root(gradients)
     removed = torch.zeros(width, dtype=torch.bool, device=writer.device)
     order: list[Tensor] = []
@@ -54,15 +48,13 @@ def eliminate(writer: Tensor, inputs: Tensor, gradients: Tensor, *, step: int = 
     while (kept := sizes[-1]) > step:
         scores = (costly.square().sum(1) / inverse.diagonal()).masked_fill_(removed, torch.inf)
         block = scores.topk(kept % step or step, largest=False).indices
-        factor = torch.linalg.cholesky(inverse[block][:, block])
-        left = torch.linalg.solve_triangular(factor, inverse[block], upper=False)
-        right = torch.linalg.solve_triangular(factor, costly[block], upper=False)
-        costly.addmm_(left.T, right, alpha=-1)
-        inverse.addmm_(left.T, left, alpha=-1)
+        taken = take_(inverse, block)
+        lost = torch.linalg.solve_triangular(taken[:, block].T, costly[block], upper=False)
+        costly.addmm_(taken.T, lost, alpha=-1)
         removed[block] = True
         order.append(block)
         sizes.append(kept - len(block))
-        losses.append(losses[-1] + 0.5 * right.square().sum().item())
+        losses.append(losses[-1] + 0.5 * lost.square().sum().item())
     scores = (costly.square().sum(1) / inverse.diagonal()).masked_fill_(removed, torch.inf)
     order.append(scores.argsort()[: sizes[-1]])
     return torch.cat(order), Curve(tuple(sizes), tuple(losses))

@@ -186,13 +186,13 @@ def _vectors(decoder: Decoder, count: Callable[[Tensor], float]) -> int:
 
 def _counter(decoder: Decoder, budget: Budget) -> Callable[[Tensor], float]:
     """What a parameter counts for."""
-    config = decoder.model.config
+    row, config = decoder.architecture, decoder.model.config
     if budget == "bytes":
         return lambda parameter: parameter.numel() * parameter.element_size()
     if budget == "flops":
         return lambda parameter: (
             0
             if parameter.ndim < 2
-            else 2 * parameter.numel() * (config.num_experts_per_tok / len(parameter) if parameter.ndim == 3 else 1)
+            else 2 * parameter.numel() * (row.experts_of(config) / len(parameter) if parameter.ndim == 3 else 1)
         )
     return lambda parameter: parameter.numel()

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slicegpt_fast.architectures import Decoder, Site, Weight, evaluating, weights
+from slicegpt_fast.elimination import damped
 from slicegpt_fast.ops.covariance import covariance_
 from slicegpt_fast.slicing.batches import Batch
-from slicegpt_fast.slicing.cuts.channels import damped
 from slicegpt_fast.slicing.layers import normalise
 from slicegpt_fast.slicing.storage import IN_MEMORY
 from slicegpt_fast.slicing.walk import Stream, enter, visit, without_mean
@@ -44,7 +44,7 @@ def correct_(
 ) -> None:
     """Add Delta to the writers of a cut model whose stream is as wide as the dense one's.
 
-    The writers of stacked experts stay as they are: each sees few of the tokens.
+    The writers of experts stay as they are: each sees few of the tokens, or is weighted.
 
     Args:
         cut: changed in place.
@@ -65,13 +65,16 @@ def correct_(
 def _advance(stream: Stream, target: Stream, site: Site) -> None:
     """Bring the cut model's stream to where the dense one's, ``target``, is, behind corrected writers."""
     assert site.sublayer is not None
-    writers = [w for branch in site.sublayer.branches for w in weights(site.part, branch.writers) if w.matrix.ndim == 2]
+    found = [(branch, weights(site.part, branch.writers)) for branch in site.sublayer.branches]
+    linear = [(branch, writers[0]) for branch, writers in found if len(writers) == 1 and writers[0].matrix.ndim == 2]
+    factors = [getattr(site.part, branch.multiplier) if branch.multiplier else 1.0 for branch, _ in linear]
+    writers = [writer for _, writer in linear]
     inputs: list[Tensor] = []
     for index, state in enumerate(stream.states):
         with _called(writers) as seen:
             stream.states[index] = state + stream.output(site, index, normalise(site.part, site.sublayer, state))
         if writers:
-            inputs.append(torch.cat([seen[number] for number in range(len(writers))], -1))
+            inputs.append(torch.cat([seen[number] * factor for number, factor in enumerate(factors)], -1))
     if not writers:
         return
     change = _fit(stream, target, inputs)
@@ -88,7 +91,7 @@ def _fit(stream: Stream, target: Stream, inputs: list[Tensor]) -> Tensor:
     factory: dict[str, Any] = {"dtype": torch.float64, "device": stream.device}
     gram, cross = torch.zeros(size, size, **factory), torch.zeros(size, width, **factory)
     for x, dense, own, counted in zip(inputs, target.states, stream.states, target.counted, strict=True):
-        error = without_mean(dense - own) if target.centered else dense - own
+        error = without_mean(dense - own) if target.architecture.centered else dense - own
         x, error = x.flatten(0, 1), error.flatten(0, 1)
         covariance_(gram, x, None, counted)
         if counted is not None:

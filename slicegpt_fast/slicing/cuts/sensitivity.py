@@ -30,12 +30,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from slicegpt_fast.architectures import Decoder, Weight, at, evaluating, weights
+from slicegpt_fast.architectures import AXES, Axis, Decoder, Weight, at, evaluating, weights
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
 from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.layers import norm_eps, rstd
-from slicegpt_fast.slicing.options import AXES, Axis
 from slicegpt_fast.slicing.storage import IN_MEMORY
 
 TOKENS = 512  # that a forward and backward pass takes at once, or one sequence
@@ -114,7 +113,7 @@ def measure_sensitivity(
     batches = [piece for batch in checked(calibration, model.config, model.device) for piece in _pieces(batch)]
     decoder = Decoder(model)
     layers = range(len(decoder.layers)) if layers is None else layers
-    writers, norms = _taps(decoder, layers, axes)
+    writers, norms = _taps(decoder, layers, [axis for axis in axes if axis in decoder.architecture.axes])
     first = decoder.layers[layers.start]
     tokens, predicted, loss = 0, 0, 0.0
     with evaluating(model), _frozen(model), torch.enable_grad():
@@ -244,10 +243,11 @@ class _ExpertsTap:
 class _NormTap:
     """A norm: its output without weight and bias, and the gradient there."""
 
-    def __init__(self, path: str, norm: Any, centered: bool) -> None:
-        self.path, self.module, self.centered = path, norm, centered
-        width = norm.weight.shape[0]
-        self.inputs = torch.zeros(width, width, dtype=torch.float64, device=norm.weight.device)
+    def __init__(self, path: str, norm: Any, decoder: Decoder) -> None:
+        self.path, self.module, self.centered = path, norm, decoder.architecture.centered
+        self.gain = decoder.architecture.gain(norm)
+        width, device = decoder.width, decoder.model.device
+        self.inputs = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.gradients = torch.zeros_like(self.inputs)
 
     def hook(self, counted: Tensor | None, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -263,8 +263,10 @@ class _NormTap:
         output.register_hook(add)
 
     def statistics(self, tokens: int) -> SiteStatistics:
-        weight = self.module.weight.detach().double()
-        gradients = self.gradients.div_(tokens).mul_(weight).mul_(weight[:, None])
+        gradients = self.gradients.div_(tokens)
+        if self.gain is not None:
+            gain = self.gain.detach().double()
+            gradients.mul_(gain).mul_(gain[:, None])
         if not (self.inputs.diagonal().isfinite().all() and gradients.diagonal().isfinite().all()):
             raise _not_finite(self.path)
         return SiteStatistics(self.inputs.div_(tokens), gradients)
@@ -287,8 +289,7 @@ def _taps(
                     writers.append(tap(f"{site.path}.{name}", writer))
     if layers.stop == len(decoder.layers):
         norms[decoder.sites[-1].path] = decoder.final_norm
-    centered = decoder.architecture.centered
-    return writers, [_NormTap(*norm, centered) for norm in norms.items() if "stream" in axes]
+    return writers, [_NormTap(*norm, decoder) for norm in norms.items() if "stream" in axes]
 
 
 def summed_loss(model: Any, batch: dict[str, Tensor], mask: Tensor) -> tuple[Tensor, int]:

@@ -21,7 +21,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from slicegpt_fast.slicing.cuts.channels import REPAIR_DAMPING, damped, root
+from slicegpt_fast.elimination import damped
+from slicegpt_fast.slicing.cuts.channels import REPAIR_DAMPING, root
 from slicegpt_fast.slicing.cuts.curve import Curve
 from slicegpt_fast.slicing.cuts.sensitivity import WriterStatistics
 

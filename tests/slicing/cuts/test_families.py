@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from models import FAMILIES, tiny_model, tokens
+from models import CUTTABLE, FAMILIES, sparse_layers, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 from slicegpt_fast import InputError, patch_model, patch_report, unpatch_model
@@ -61,7 +61,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CUTTABLE)
 def test_nothing_changes_at_full_size(family, tied):
     model = tiny_model(family, tied=tied)
     before = logits(model, tokens(2, 19))
@@ -75,7 +75,7 @@ def test_nothing_changes_at_full_size(family, tied):
     assert torch.equal(logits(model, tokens(2, 19)), before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CUTTABLE)
 def test_values_of_full_rank_are_exact(family):
     """Rotated and re-fitted at the full rank, their bias in the output projection's, nothing is lost."""
     model = tiny_model(family)
@@ -89,7 +89,7 @@ def test_values_of_full_rank_are_exact(family):
     assert_close(logits(cut, tokens(2, 19)), logits(model, tokens(2, 19)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CUTTABLE)
 def test_channels_that_nothing_reads_cost_nothing(family):
     model = tiny_model(family)
     sizes = []
@@ -108,7 +108,7 @@ def test_channels_that_nothing_reads_cost_nothing(family):
     assert_close(logits(cut, tokens(2, 19)), logits(model, tokens(2, 19)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CUTTABLE)
 def test_dimensions_of_values_that_nothing_reads_cost_nothing(family):
     """The output projection reads 8 directions of each key and value head, not the same in any two."""
     model = tiny_model(family)
@@ -134,7 +134,7 @@ def test_dimensions_of_values_that_nothing_reads_cost_nothing(family):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CUTTABLE)
 def test_from_pretrained_gives_back_the_same_model(family, width, tied, tmp_path):
     cut = cut_family(family, width, tied=tied)
     cut.save_pretrained(tmp_path)
@@ -156,14 +156,13 @@ def test_from_pretrained_gives_back_the_same_model(family, width, tied, tmp_path
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CUTTABLE)
 def test_patched_and_back_again(family, width, backend):
     cut = cut_family(family, width)
     ids, one = tokens(2, 19, seed=1), tokens(2, 1, seed=2)
     before = logits(cut, ids), logits(cut, one)
-    unfused = {"mixtral": 3, "qwen3-moe": 1}.get(family, 0)  # layers whose network is a mixture of experts
     report = patch_report(patch_model(cut, backend=backend))
-    assert report.fused == len(report.rows) - unfused, str(report)
+    assert report.fused == len(report.rows) - sparse_layers(cut), str(report)
     assert_close(logits(cut, ids), before[0])
     assert_close(logits(cut, one), before[1])
     unpatch_model(cut)
@@ -191,7 +190,7 @@ def test_the_result_stores_no_more_than_the_budget(family, target, budget):
     options = SliceOptions(target_params=target, budget=budget, round_to=8)
     found = cut_to_budget(model, CALIBRATION, options, progress=False)
     dense, stored = (counted(each, budget) for each in (model, found.model))
-    assert target - 0.06 < stored / dense <= target
+    assert target - (0.06 if family in CUTTABLE else 0.15) < stored / dense <= target
     assert found.trials[0].sizes.stored == pytest.approx(stored / dense)
     assert found.plan == slice_config_of(found.model).plan()
 

@@ -181,7 +181,7 @@ class TestRefused:
             slice_model(tiny_model(), CALIBRATION, target_params=0.1, progress=False)
 
     def test_a_model_that_is_cut_already(self):
-        with pytest.raises(InputError, match="the model is sliced already"):
+        with pytest.raises(InputError, match="the model is sliced or quantised already"):
             slice_model(cut_family(), CALIBRATION, target_params=0.9, progress=False)
 
     @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import torch
-from models import FAMILIES as ALL_FAMILIES
-from models import tiny_model, tokens
+from models import CHANNELS, LATER, ROWS, in_double, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -24,12 +23,13 @@ from slicegpt_fast.slicing import dense_sizes, slice_config_of
 
 IDS = tokens(2, 19)
 WIDTHS = {"odd": dict(sparsity=0.27, round_to=1), "even": dict(sparsity=0.3, round_to=8)}  # 35 and 32 of 48
-EXPERTS = ("mixtral", "qwen3-moe")  # torch's grouped matmul knows neither fp64 nor odd widths
+EXPERTS = ("mixtral", "qwen3-moe")  # torch's grouped matmul knows no odd widths
+LATER_STREAMS = [family for family in LATER if ROWS[family].resizable and not ROWS[family].centered]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [(family, "odd", dtype) for family in FAMILIES for dtype in DTYPES]
 CASES += [(family, "even", dtype) for family in EXPERTS for dtype in DTYPES]
-CASES += [(family, "even", torch.float32) for family in FAMILIES]
+CASES += [(family, "even", torch.float32) for family in (*FAMILIES, *LATER_STREAMS)]
 
 
 def sliced_model(family="llama", *, sparsity=0.25, round_to=8, basis="shared", **options):
@@ -53,7 +53,8 @@ def cut_model(dense, *, target_params=0.8, uniform=True, **options):
 
 @functools.cache
 def sliced_case(family, width):
-    return sliced_model(family, tied=True, **WIDTHS[width])
+    # An eps large enough to show whichever norm is left with a wrong one.
+    return sliced_model(family, tied=True, rms_norm_eps=0.01, **WIDTHS[width])
 
 
 @pytest.mark.parametrize(("family", "width", "dtype"), CASES)
@@ -75,16 +76,16 @@ def test_stock_model_computes_the_sliced_model(family, width, dtype, tmp_path):
     assert not hasattr(plain.config, "quantization_config")
 
     # The norms' weights and products are rounded once more: at most twice the sliced model's own error.
-    exact = copy.deepcopy(model).to(torch.float32 if family in EXPERTS else torch.float64)(IDS).logits
+    exact = in_double(model)(IDS).logits
     tiny = 1e-5 * (exact.max() - exact.min())
     error = (plain(IDS).logits - exact).abs()
     assert error.mean() <= 2 * (before - exact).abs().mean() + tiny
     if dtype == torch.float32:
-        assert error.max() <= tiny
+        assert error.max() <= tiny + 2 * (before - exact).abs().max()
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", CHANNELS)
 @torch.no_grad()
 def test_uniform_channels_are_exported_in_any_family(family, tied, tmp_path):
     overrides = dict(decoder_sparse_step=1) if family == "qwen3-moe" else {}  # else some layers have no experts

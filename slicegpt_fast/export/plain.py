@@ -11,6 +11,9 @@ hidden size, but for its norms: they divide by the dense width D. A stock norm o
 P is d itself, or the next size that the family's config accepts: the stream is then padded with P - d zeros, which no
 norm, weight or residual addition ever fills (rows of writers and columns of embeddings and readers are zero).
 
+Where queries and keys have norms, these take the same eps from the config. Their inputs are linear in the weights of
+the queries and keys, so ``sqrt(D/P)`` times these weights give what the dense eps gave.
+
 The head dim is no longer hidden_size / heads. transformers reads it from the config in every family here, but other
 engines' code for Qwen2 does not, so a Qwen2 without sliding windows is written as the Llama that it is, with biases.
 """
@@ -31,14 +34,16 @@ from transformers import (
     Qwen2Config,
 )
 
-from slicegpt_fast.architectures import Decoder, weights
+from slicegpt_fast.architectures import Decoder, architecture_of, embedding_scale, weights
 from slicegpt_fast.checkpoint import check_writable, save_model
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing import SlicePlan, slice_config_of
-from slicegpt_fast.slicing.layers import WeightlessNorm
+from slicegpt_fast.slicing.layers import WeightlessNorm, norm_eps
 from slicegpt_fast.slicing.summary import span
 
 EXPORTABLE = "cut=('channels',), uniform=True"
+# Norms inside an attention, and the linear layer whose output each of them divides.
+INNER_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj", "query_layernorm": "q_proj", "key_layernorm": "k_proj"}
 
 
 @torch.no_grad()
@@ -76,6 +81,8 @@ def export_plain(
     tensors = model.state_dict() | _norm_weights(model, config)
     if plan.tied:
         _give_tables_(tensors, Decoder(model))
+    _rescale_embeddings_(tensors, Decoder(model), plain)
+    _rescale_inner_norms_(tensors, model, plain)
     if config.model_type != model.config.model_type:  # a bias that Llama has and Qwen2 has not
         tensors |= {name: model.lm_head.weight.new_empty(0) for name in shapes if name.endswith("o_proj.bias")}
     foreign = sorted(tensors.keys() ^ shapes.keys())
@@ -97,6 +104,8 @@ def _exportable_plan(model: PreTrainedModel) -> SlicePlan:
     sliced = slice_config_of(model)
     if sliced is None:
         raise InputError("the model is dense: save it with save_pretrained, or slice it before exporting.")
+    if sliced.rounding() is not None:
+        raise InputError("the model is quantised: give its weights back with dequantize_model before exporting.")
     plan = sliced.plan()
     if min(plan.values, default=decoder.heads.size) < decoder.heads.size:
         raise InputError(
@@ -107,6 +116,11 @@ def _exportable_plan(model: PreTrainedModel) -> SlicePlan:
         raise InputError(
             f"{model.config.model_type} models have LayerNorms, which cannot express the weightless norm of a sliced "
             f"stream, so that of these only RMSNorm families can be exported: cut with {EXPORTABLE} instead."
+        )
+    if plan.basis is not None and not decoder.architecture.resizable:
+        raise InputError(
+            f"the code of {model.config.model_type} models ties other sizes to the hidden size, so a sliced stream has "
+            f"no stock model: cut with {EXPORTABLE} instead."
         )
     if len(set(plan.widths)) > 1 or any(map(plan.has_shortcut, range(len(plan.widths) - 1))):
         raise InputError(
@@ -163,12 +177,32 @@ def _plain_config(model: PreTrainedModel, plan: SlicePlan) -> PreTrainedConfig:
 
 def _norm_weights(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Tensor]:
     """``sqrt(D/P)`` [P] for every norm of the stream, by the name that it has in the stock model."""
-    size = config.hidden_size
+    size, offset = config.hidden_size, architecture_of(model.config).norm_offset
     return {
-        f"{name}.weight": model.lm_head.weight.new_full((size,), math.sqrt(norm.full_width / size))
+        f"{name}.weight": model.lm_head.weight.new_full((size,), math.sqrt(norm.full_width / size) - offset)
         for name, norm in model.named_modules()
         if isinstance(norm, WeightlessNorm)
     }
+
+
+def _rescale_embeddings_(tensors: dict[str, Tensor], decoder: Decoder, plain: PreTrainedModel) -> None:
+    """Make up for a factor of the embeddings that depends on the hidden size."""
+    (path, ours), *others = decoder.embeddings.items()
+    ratio = embedding_scale(ours) / embedding_scale(plain.get_submodule(path))
+    if ratio != 1 and not others:
+        tensors[f"{path}.weight"] = tensors[f"{path}.weight"] * ratio
+
+
+def _rescale_inner_norms_(tensors: dict[str, Tensor], model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """Make up for another eps of the queries' and keys' norms by their inputs' weights and biases."""
+    for path, norm in plain.named_modules():
+        parent, _, name = path.rpartition(".")
+        if name in INNER_NORMS:
+            ratio = math.sqrt(norm_eps(norm) / norm_eps(model.get_submodule(path)))
+            for kind in ("weight", "bias"):
+                key = f"{parent}.{INNER_NORMS[name]}.{kind}"
+                if key in tensors and ratio != 1:
+                    tensors[key] = tensors[key] * ratio
 
 
 def _give_tables_(tensors: dict[str, Tensor], decoder: Decoder) -> None:
