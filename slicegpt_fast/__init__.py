@@ -15,6 +15,7 @@ if Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").name != "s
     from slicegpt_fast.export import export_graph, export_plain
     from slicegpt_fast.patching import patch_model, patch_report, unpatch_model
     from slicegpt_fast.published import import_reference
+    from slicegpt_fast.recovery import recover_model
     from slicegpt_fast.slicing import SliceOptions, dequantize_model, quantize_model, slice_model
     from slicegpt_fast.streaming import slice_checkpoint
 
@@ -31,6 +32,7 @@ __all__ = [
     "patch_report",
     "perplexity",
     "quantize_model",
+    "recover_model",
     "save_model",
     "slice_checkpoint",
     "slice_model",

@@ -402,7 +402,8 @@ def _check_search(context: typer.Context, target_params: float | None, sequences
 
 def _streams(stream: bool | None, job: SliceJob, *, passes: int) -> bool:
     """Whether to slice from file to file: as told, or else where that goes on with a run or memory is too small."""
-    from slicegpt_fast.streaming import fits_in_memory, work_folder
+    from slicegpt_fast.streaming import fits_in_memory
+    from slicegpt_fast.unfinished import work_folder
 
     if stream is not None:
         return stream
@@ -553,6 +554,84 @@ def quantize(
     saved = workflow.save(quantised, tokenizer, out, figures, described)
     note = _on_text(held_out) if documents else "Perplexity: not measured, no text was given."
     console.print(workflow.compare(model, before, quantised, measures, note))
+    console.print(saved)
+
+
+@app.command(
+    epilog=examples(
+        "slicegpt-fast recover small --teacher ./model --text corpus/ --out better",
+        "slicegpt-fast recover small --teacher ./model --text corpus/ --train lora --steps 1000 --out better",
+    )
+)
+def recover(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="The sliced model.", show_default=False)],
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="The dense model: hub id, folder or GGUF file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New folder for the recovered model.")],
+    text: Text = None,
+    text_field: TextField = None,
+    dataset: DatasetName = None,
+    split: Split = None,
+    sequences: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Sequences to learn from.", rich_help_panel=TEXT)
+    ] = 512,
+    length: Length = 512,
+    seed: Seed = 0,
+    train: Annotated[
+        Literal["all", "lora"],
+        typer.Option(metavar="WHAT", help="all weights of the decoder layers, or lora: adapters, merged at the end."),
+    ] = "all",
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Steps of the optimiser, 2048 tokens each. Default: once over the text."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Highest learning rate. Default: 1e-4, with lora 1e-3.")
+    ] = None,
+    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of the adapters.")] = 32,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Train a sliced model to predict what its dense model predicts, and save the best weights on held-out text.
+
+    What the teacher predicts is kept in a work folder beside the result, and so is the state of the training: after a
+    kill or Ctrl-C the same command goes on. The sequences that follow those to learn from, up to 16, are held out.
+    """
+    from slicegpt_fast import workflow
+    from slicegpt_fast.calibration import batched
+    from slicegpt_fast.checkpoint import check_writable, load_model
+    from slicegpt_fast.recovery import recover_model
+    from slicegpt_fast.tables import recovery_table
+    from slicegpt_fast.unfinished import work_folder
+
+    check_writable(out)
+    documents = _documents(text, dataset, "calibration", split, text_field)
+    described = dataset or ", ".join(path.name for path in text or [])
+    job = SliceJob(model, out, documents, described, length, sequences, seed, _dtype(dtype), _device(device))
+    sliced, tokenizer = workflow.load(model, dtype=job.dtype, device=job.device)
+    learnt, held_out = job.windows(sliced.config, tokenizer)
+    if not len(held_out):
+        raise InputError(
+            f"--sequences {sequences} takes all of the text, none is held out: lower it."
+        )
+
+    def dense() -> Any:
+        loaded: Any = load_model(teacher, dtype=job.dtype)
+        return loaded.to(job.device)
+
+    found = recover_model(
+        sliced,
+        dense,
+        batched(learnt),
+        batched(held_out),
+        train=train,
+        steps=steps,
+        learning_rate=learning_rate,
+        rank=rank,
+        work=work_folder(out),
+        progress=errors.is_terminal,
+    )
+    saved = workflow.save_recovered(found, tokenizer, out, described)
+    console.print(recovery_table(model, found, _on_text(held_out)))
     console.print(saved)
 
 

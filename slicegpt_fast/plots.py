@@ -7,6 +7,7 @@ import numpy as np
 
 from slicegpt_fast.architectures import Axis
 from slicegpt_fast.benchmark import Speeds
+from slicegpt_fast.recovery import Recovery
 from slicegpt_fast.slicing import Bases, SlicePlan
 from slicegpt_fast.slicing.summary import kept_directions
 
@@ -38,6 +39,26 @@ def plot_speeds(title: str, speeds: Speeds, path: Path) -> None:
         axes.set_axisbelow(True)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(models) + 1)
     figure.suptitle(title)
+    figure.savefig(path)
+
+
+def plot_recovery(recovery: Recovery, path: Path) -> None:
+    """Draw a training run as a PNG: held-out perplexity between the cut model's and the teacher's, and the loss."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    steps = [point.step for point in recovery.points]
+    axes.plot(steps, [point.perplexity for point in recovery.points], marker="o", ms=3, label="held-out perplexity")
+    axes.plot(recovery.best.step, recovery.best.perplexity, "s", color="C0", label="kept")
+    axes.axhline(recovery.teacher, color="black", lw=1, ls="--", label="of the dense model")
+    axes.set_xlabel("steps")
+    axes.set_ylabel("perplexity")
+    axes.grid(alpha=0.3, lw=0.5)
+    loss = axes.twinx()
+    loss.plot(steps, [point.loss for point in recovery.points], color="C1", lw=1, label="divergence while training")
+    loss.set_ylabel("nats per token")
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path)
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from slicegpt_fast.benchmark import Speeds
 from slicegpt_fast.evaluation import flops_per_token, stored_bytes, stored_parameters
+from slicegpt_fast.recovery import Recovery
 from slicegpt_fast.search import Trial
 from slicegpt_fast.slicing import CutResult, SlicePlan, block_parameters
 from slicegpt_fast.slicing.card import Figure
@@ -106,6 +107,20 @@ def cut_table(result: CutResult) -> Table:
         added = "" if trial.added is None else f"{trial.added:.3f}"
         table.add_row(str(sizes.width), *cut, f"{sizes.stored:.3f}", f"{sizes.loss:.3f}", added)
     return table
+
+
+def recovery_table(name: str, recovery: Recovery, note: str) -> Group:
+    """Perplexity of the teacher, before and after, and how much of the difference came back; ``note`` below it."""
+    before, after, dense = recovery.points[0].perplexity, recovery.best.perplexity, recovery.teacher
+    table = Table("", title=f"{name}, recovered", title_justify="left", title_style="bold")
+    for column in ("dense", "sliced", "recovered", "won back"):
+        table.add_column(column, justify="right")
+    share = (before - after) / (before - dense) if before > dense else 0.0
+    table.add_row("perplexity", f"{dense:.2f}", f"{before:.2f}", f"{after:.2f}", f"{share:.0%}")
+    notes = [f"The weights after {recovery.best.step} of {recovery.points[-1].step} steps.", note]
+    if recovery.diverged:
+        notes.insert(0, "Training diverged: give a lower --learning-rate.")
+    return Group(table, *(Text(each, style="dim") for each in notes))
 
 
 def score_table(title: str, scores: Mapping[str, Sequence[Score]]) -> Table:

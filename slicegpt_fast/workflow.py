@@ -17,8 +17,9 @@ from slicegpt_fast.architectures import Decoder
 from slicegpt_fast.calibration import batched
 from slicegpt_fast.checkpoint import load_model, load_tokenizer, save_model
 from slicegpt_fast.evaluation import perplexity
-from slicegpt_fast.plots import plot_sizes, plot_spectra
+from slicegpt_fast.plots import plot_recovery, plot_sizes, plot_spectra
 from slicegpt_fast.quantization import Precision
+from slicegpt_fast.recovery import Recovery
 from slicegpt_fast.slicing import (
     CutResult,
     SliceOptions,
@@ -87,6 +88,24 @@ def _files_of_cut(dense: PreTrainedModel, result: CutResult) -> dict[str, Callab
         files["spectra.png"] = partial(plot_spectra, result.bases)
     trials = json.dumps([asdict(trial) for trial in result.trials], indent=1)
     return {**files, "plan.json": lambda path: path.write_text(trials)}
+
+
+def save_recovered(recovery: Recovery, tokenizer: PreTrainedTokenizerBase, folder: Path, text: str) -> str:
+    """Save a recovered model with the curve of its training; return the line that says so.
+
+    Args:
+        recovery: the model, and what was measured.
+        tokenizer: saved beside it.
+        folder: does not exist yet, or is empty.
+        text: for the card: what the model learnt from.
+    """
+    best = Measure("perplexity", recovery.teacher, recovery.best.perplexity, "{:.2f}".format)
+
+    def curve(path: Path) -> None:
+        plot_recovery(recovery, path / "recovery.png")
+
+    save_model(recovery.model, folder, tokenizer, also=curve, figures=figures([best]), text=text)
+    return f"Saved to {folder}, with its curve in {folder / 'recovery.png'}."
 
 
 def measure(dense: PreTrainedModel, sliced: Sliced, held_out: Mapping[str, Tensor], *, progress: bool) -> list[Measure]:

@@ -29,12 +29,24 @@ FOR_ALL_FAMILIES = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="run every combination of parameters for every family")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    later: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
-        parameters = getattr(item, "callspec", None)
-        later = parameters is not None and parameters.params.get("family") in LATER
-        if later and item.originalname not in FOR_ALL_FAMILIES:
-            item.add_marker(pytest.mark.slow)
+        family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
+        if family in LATER:
+            later.setdefault((item.nodeid.partition("[")[0], family), []).append(item)
+            if item.originalname not in FOR_ALL_FAMILIES:
+                item.add_marker(pytest.mark.slow)
+    if not config.getoption("--thorough"):
+        order = list(LATER)
+        kept = {id(group[order.index(family) % len(group)]) for (_, family), group in later.items()}
+        left = {id(item) for group in later.values() for item in group} - kept
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in left])
+        items[:] = [item for item in items if id(item) not in left]
     if torch.cuda.is_available():
         return
     for item in items:

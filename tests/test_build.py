@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import ninja
 import pytest
 import torch
 
@@ -186,30 +187,28 @@ class TestSetup:
     def test_compiles_only_what_changed(self, sdist, tmp_path):
         tree = shutil.copytree(sdist, tmp_path / "tree")
         build = (sys.executable, "setup.py", "-q", "build_ext")
-        env = environment(SLICEGPT_FAST_CUDA="0")
-        assert "cxx" in output(*build, cwd=tree, env=env)
-        assert "cxx" not in output(*build, cwd=tree, env=env)
-        (tree / "csrc/status.cpp").touch()
-        assert re.findall(r"csrc/\w+\.cpp", output(*build, cwd=tree, env=env)) == ["csrc/status.cpp"]
-        (tree / "csrc/slicegpt_fast.h").touch()
-        assert "csrc/cpu/isa.cpp" in output(*build, cwd=tree, env=env)
+        asked = dict(cwd=tree, env=environment(SLICEGPT_FAST_CUDA="0"))
+        assert "cxx" in output(*build, **asked)
+        assert "cxx" not in output(*build, **asked)
 
-    @pytest.mark.slow
-    def test_a_file_name_chooses_what_a_kernel_is_compiled_for(self, sdist, tmp_path):
-        tree = shutil.copytree(sdist, tmp_path / "tree")
+        (tree / "csrc/status.cpp").touch()
+        assert re.findall(r"csrc/\w+\.cpp", output(*build, **asked)) == ["csrc/status.cpp"]
+
+        # The end of a file's name chooses what it is compiled for.
         here = "#ifndef __AVX2__\n#error\n#endif\n" if "avx2" in ISAS else "#error\n"  # else it is left out
         (tree / "csrc/cpu/probe_avx2.cpp").write_text(here)
         (tree / "csrc/cpu/probe_plain.cpp").write_text("#ifdef __AVX2__\n#error\n#endif\n")
-        output(sys.executable, "setup.py", "-q", "build_ext", cwd=tree, env=environment(SLICEGPT_FAST_CUDA="0"))
+        assert "probe_plain" in output(*build, **asked)
 
-    @pytest.mark.slow
-    def test_a_compile_error_stops_the_build(self, sdist, tmp_path):
-        tree = shutil.copytree(sdist, tmp_path / "tree")
         (tree / "csrc/status.cpp").write_text("#error on purpose\n")
-        build = (sys.executable, "setup.py", "-q", "build_ext")
-        done = run(*build, cwd=tree, env=environment(SLICEGPT_FAST_CUDA="0"))
+        done = run(*build, **asked)
         assert "#error on purpose" in done.stdout
         assert done.stderr.strip().endswith("csrc/ did not compile; the compiler's message stands above.")
+
+        (tree / "csrc/slicegpt_fast.h").touch()
+        (graph,) = (tree / "build").glob("*/build.ninja")
+        would = output(Path(ninja.BIN_DIR, "ninja"), "-n", "-f", graph.relative_to(tree), **asked)
+        assert "csrc/cpu/isa.cpp" in would
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ LAYERS = (
     ("patching",),
     (
         *("calibration", "evaluation", "benchmark", "search", "checkpoint", "published", "tables", "tasks", "plots"),
-        *("inspection", "text_files", "export", "recovery", "streaming"),
+        *("inspection", "text_files", "export", "recovery", "streaming", "unfinished"),
     ),
     ("",),
     ("cli", "quickstart", "workflow"),

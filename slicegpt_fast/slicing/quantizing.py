@@ -1,10 +1,16 @@
 """Weights of 8 or 4 bits: a model's matrices rounded one after the other, each to what the rounded ones before it make.
 
-    copy of the model --> tables to 8 bits --> sublayer by sublayer, on calibration tokens:
+    copy of the model --> tables to 8 bits --> |g| of every token --> sublayer by sublayer, on calibration tokens:
         readers, to what their norm gives --> writers, to what the rounded readers make --> the stream goes on
 
-The covariance of one matrix's inputs is in memory at a time, beside the residual stream of the calibration tokens.
-Routers, stacked experts, norms and shortcuts stay as they are.
+An error of a matrix W with inputs x costs, to second order and with squared gradients as the curvature, half of
+(g^T dW x)^2 per token, where g is the gradient of its loss at the output. So W is rounded in the covariance of |g| x: a
+token counts as much as the loss depends on it. Without that, the first token of a text would rule, whose activations
+can be a thousand times as large as the others' while little depends on them: SmolLM2-135M cut to 0.8 of its blocks, at
+4 bits in groups of 32, comes to 1.20 times its perplexity unweighted and to 1.07 times weighted.
+
+The covariance of one matrix's inputs is in memory at a time, beside the residual stream of the calibration tokens and
+one number per token and matrix. Routers, stacked experts, norms and shortcuts stay as they are.
 """
 
 import copy
@@ -36,6 +42,7 @@ from slicegpt_fast.quantization import (
 )
 from slicegpt_fast.quantization.plan import Bits, Group, Method, Rounded, Tables
 from slicegpt_fast.slicing.batches import Batch, batch_list
+from slicegpt_fast.slicing.cuts.sensitivity import gradient_norms
 from slicegpt_fast.slicing.format import SliceConfig, slice_config_of
 from slicegpt_fast.slicing.integration import mark_sliced
 from slicegpt_fast.slicing.layers import normalise, run_sublayer
@@ -157,46 +164,58 @@ def _round_(decoder: Decoder, precision: Precision, batches: list[Batch] | None,
     feedback: RoundMatrix = partial(round_with_feedback, bits=precision.bits, group=precision.group)
     rounded = {"gptq": feedback, "nearest": weighted}[precision.method]
     decoder = Decoder(decoder.model)  # with the tables that it has now
+    linears = [weight.owner for _, _, weight in all_linears(decoder)]
+    norms = gradient_norms(decoder.model, linears, batches, progress=progress)
     with evaluating(decoder.model):
         stream = enter(decoder, batches, IN_MEMORY, at_least=1)
         for site in visit(decoder, IN_MEMORY, "quantising", progress=progress):
             if site.sublayer is not None:
-                _round_site_(site, stream, rounded)
+                _round_site_(site, stream, norms, rounded)
     return stream.tokens
 
 
-def _round_site_(site: Site, stream: Stream, rounded: RoundMatrix) -> None:
+def _round_site_(site: Site, stream: Stream, norms: dict[nn.Module, Tensor], rounded: RoundMatrix) -> None:
     """Round the readers of a sublayer, then its writers, and bring the stream to the next site."""
     assert site.sublayer is not None
     layer, branches = site.part, site.sublayer.branches
     reading = {
         norm: _merged(readers(layer, b) for b in branches if b.norm == norm) for norm in {b.norm for b in branches}
     }
+    scales = {norm: _by_batch(found, norms, stream) for norm, found in reading.items()}
     sums: dict[str, Tensor] = {}
     for index, state in enumerate(stream.states):
         for norm, x in normalise(layer, site.sublayer, state).items():
             if reading[norm]:
-                _add(sums, norm, x, stream.counted[index])
+                _add(sums, norm, x, scales[norm][index], stream.counted[index])
     for norm, inputs in sums.items():
         _replace_(layer, reading[norm], rounded, inputs)
     writing = _merged(writers(layer, branch) for branch in branches)
+    scales = {path: _by_batch({path: weight}, norms, stream) for path, weight in writing.items()}
     sums = {}
     for index, state in enumerate(stream.states if writing else ()):
         with _called(writing) as seen:
             run_sublayer(layer, site.sublayer, state, **stream.layer_arguments[index][site.index])
         for path, x in seen.items():
-            _add(sums, path, x, stream.counted[index])
+            _add(sums, path, x, scales[path][index], stream.counted[index])
     for path, inputs in sums.items():
         _replace_(layer, {path: writing[path]}, rounded, inputs)
     for index, state in enumerate(stream.states):
         stream.states[index], _ = run_sublayer(layer, site.sublayer, state, **stream.layer_arguments[index][site.index])
 
 
-def _add(sums: dict[str, Tensor], name: str, x: Tensor, counted: Tensor | None) -> None:
-    """Add the covariance of inputs [B, T, F] to those called ``name``."""
+def _by_batch(found: dict[str, Weight], norms: dict[nn.Module, Tensor], stream: Stream) -> list[Tensor | None]:
+    """|g| [B * T] of each batch's tokens at the outputs of some linear layers together; None if they did not run."""
+    known = [norms[weight.owner] for weight in found.values() if weight.owner in norms]
+    if not known:
+        return [None] * len(stream.counted)
+    return [*torch.stack(known).norm(dim=0).split([state[..., 0].numel() for state in stream.states])]
+
+
+def _add(sums: dict[str, Tensor], name: str, x: Tensor, scale: Tensor | None, counted: Tensor | None) -> None:
+    """Add the covariance of inputs [B, T, F], scaled by [B * T], to those called ``name``."""
     if name not in sums:
         sums[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-    covariance_(sums[name], x.flatten(0, -2), None, counted)
+    covariance_(sums[name], x.flatten(0, -2), scale, counted)
 
 
 def _replace_(layer: nn.Module, found: dict[str, Weight], rounded: RoundMatrix, inputs: Tensor) -> None:

@@ -5,20 +5,17 @@ when the calibration tokens reach it and forgotten when they have passed; the ac
 memory or in files, by what fits. A run that was killed goes on from the last layer it finished.
 """
 
-import fcntl
 import hashlib
 import json
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Unpack
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,7 +23,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from slicegpt_fast.architectures import Decoder, architecture_of, at
-from slicegpt_fast.checkpoint import check_space, check_writable, checkpoint_folder, from_pretrained
+from slicegpt_fast.checkpoint import check_writable, checkpoint_folder, from_pretrained
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.slicing import Bases, SliceArguments, SliceOptions, first_plan, fit_bases
 from slicegpt_fast.slicing.batches import Batch, checked
@@ -36,9 +33,8 @@ from slicegpt_fast.slicing.memory import free_memory
 from slicegpt_fast.slicing.rotation import outline, rotations
 from slicegpt_fast.streaming.memory import FREE_SHARE, Activations, activations_device, estimate
 from slicegpt_fast.streaming.shards import INDEX, Shards, empty_model
-from slicegpt_fast.streaming.storage import FolderStorage, write_json
-
-Settings = dict[str, object]  # of a run, by name, as JSON has them
+from slicegpt_fast.streaming.storage import FolderStorage
+from slicegpt_fast.unfinished import Settings, digest_of, hold, work_folder, write_json
 
 
 def slice_checkpoint(
@@ -99,18 +95,12 @@ def slice_checkpoint(
     if progress:
         kept = f"activations are kept on {kept_on or 'disk'}, unfinished work in {work}"
         tqdm.write(f"{source} {needs}; {kept}", file=sys.stderr)
-    with _work_folder(work, _settings(asked, shards, batches), needs.disk):
+    with hold(work, _settings(asked, shards, batches), needs.disk):
         storage = FolderStorage(work, shards, kept_on)
         bases = fit_bases(model, batches, asked, storage=storage, progress=progress)
         _write(shards, bases, tokenizer, work / "model", progress=progress)
         (work / "model").replace(folder)
     return replace(bases, matrices=(), readers=())
-
-
-def work_folder(folder: str | Path) -> Path:
-    """Return where :func:`slice_checkpoint` keeps unfinished work for ``folder``; it exists where a run was killed."""
-    folder = Path(folder).expanduser().absolute()
-    return folder.with_name(f".{folder.name}.unfinished")
 
 
 def fits_in_memory(
@@ -179,53 +169,6 @@ def _write(
         tokenizer.save_pretrained(folder)
 
 
-@contextmanager
-def _work_folder(work: Path, settings: Settings, size: int) -> Iterator[None]:
-    """Hold the folder of an unfinished run, new or of the same settings.
-
-    On success it is deleted. On bad input too, but for the work of an earlier run.
-    """
-    record = work / "settings.json"
-    resumed = record.exists()
-    if resumed:
-        _compare(json.loads(record.read_text()), settings, work)
-    else:
-        shutil.rmtree(work, ignore_errors=True)  # without its record, it is what a killed deletion left
-        check_space(work, size)
-        work.mkdir(parents=True)
-        write_json(record, settings)
-    with record.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is working in {work}: wait for it or end it.") from None
-        try:
-            yield
-        except InputError:
-            if not resumed:
-                shutil.rmtree(work)
-            raise
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"slicing stopped ({error}): put that right, the same command goes on from {work}."
-            ) from error
-        shutil.rmtree(work)
-
-
-def _compare(there: Settings, here: Settings, work: Path) -> None:
-    """Raise InputError unless the settings of an unfinished run are those of this one."""
-    differing = []
-    for name in there | here:
-        values = f" ({there.get(name)} there, {here.get(name)} now)"
-        if there.get(name) != here.get(name):
-            differing.append(name + (values if len(values) < 64 else ""))  # hashes say nothing to a reader
-    if differing:
-        raise InputError(
-            f"{work} holds an unfinished run that differs in {', '.join(differing)}: repeat its command to go on, or "
-            "delete the folder to start anew."
-        )
-
-
 def _settings(options: SliceOptions, shards: Shards, batches: Sequence[Mapping[str, Tensor]]) -> Settings:
     """Return all that the result depends on: options, versions; the model's files and the text, by hash."""
     settings: Settings = json.loads(json.dumps(asdict(options)))  # as a record holds them: tuples are lists there
@@ -234,8 +177,4 @@ def _settings(options: SliceOptions, shards: Shards, batches: Sequence[Mapping[s
     for file in (shards.files[0].with_name("config.json"), *shards.files):
         with file.open("rb") as content:
             settings[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
-    text = hashlib.sha256()
-    for batch in batches:
-        for tensor in batch.values():
-            text.update(str(tensor.shape).encode() + tensor.long().numpy().tobytes())
-    return settings | {"calibration text": text.hexdigest()}
+    return settings | {"calibration text": digest_of(batches)}

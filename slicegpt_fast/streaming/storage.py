@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, MutableSequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from slicegpt_fast.slicing.storage import Storage
 from slicegpt_fast.streaming.shards import Shards
+from slicegpt_fast.unfinished import write_json
 
 
 class FolderStorage(Storage):
@@ -138,10 +138,3 @@ class TensorFiles(MutableSequence[Tensor]):
     def _forget(self, file: str) -> None:
         self._held.pop(file, None)
         self._unwritten.discard(file)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, which appears complete or not at all."""
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    beside.replace(path)

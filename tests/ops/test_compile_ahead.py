@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-TARGETS = ["sm_80", "sm_90", "sm_100"]
-FP32 = {"sm_80": ["float32"], "sm_90": ["float32"], "sm_100": []}  # on sm_100 Triton would round to tf32
-
 
 def compile_for(target: str, how_much: str, *dtypes: str) -> None:
     """Runs aot.py in a process of its own: this one's kernels may belong to the interpreter."""
@@ -22,9 +19,9 @@ def compile_for(target: str, how_much: str, *dtypes: str) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_representative_kernels(target):
-    compile_for(target, "some", "bfloat16", *FP32[target])
+def test_representative_kernels():
+    """Of one target; all kernels for all of them are a slow test."""
+    compile_for("sm_90", "some", "bfloat16", "float32")
 
 
 SERIALISED = """
@@ -45,7 +42,7 @@ def test_serialised_machine_code_is_recognised():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("target", "dtype"), [(target, dtype) for target in TARGETS for dtype in ("bfloat16", "float16", *FP32[target])]
+    ("target", "dtype"), [("sm_80", "float16"), ("sm_90", "bfloat16"), ("sm_90", "float32"), ("sm_100", "bfloat16")]
 )
 def test_every_shipped_configuration(target, dtype):
     compile_for(target, "all", dtype)

@@ -676,6 +676,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_after_compiling(change):
     """What a compiled unpatched model sees, a compiled patched one sees too."""

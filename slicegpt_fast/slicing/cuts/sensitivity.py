@@ -17,7 +17,7 @@ pass each, which changes none of them. For 32 layers with D = 4096 and F = 14336
 layer, the norms' 17 GB in all, C 57 GB.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,7 @@ from slicegpt_fast.slicing.batches import Batch, checked
 from slicegpt_fast.slicing.layers import norm_eps, rstd
 from slicegpt_fast.slicing.storage import IN_MEMORY
 
+Hook = Callable[[Tensor | None, nn.Module, tuple[Tensor, ...], Tensor], None]  # a forward hook; first, what counts
 TOKENS = 512  # that a forward and backward pass takes at once, or one sequence
 
 
@@ -109,24 +110,11 @@ def measure_sensitivity(
     Raises:
         InputError: no token to predict, token ids beyond the vocabulary, or statistics that are not finite.
     """
-    IN_MEMORY.check(model)
-    batches = [piece for batch in checked(calibration, model.config, model.device) for piece in _pieces(batch)]
     decoder = Decoder(model)
     layers = range(len(decoder.layers)) if layers is None else layers
     writers, norms = _taps(decoder, layers, [axis for axis in axes if axis in decoder.architecture.axes])
-    first = decoder.layers[layers.start]
-    tokens, predicted, loss = 0, 0, 0.0
-    with evaluating(model), _frozen(model), torch.enable_grad():
-        for batch in tqdm(batches, desc="sensitivity", unit="batch", disable=not progress):
-            mask = batch["attention_mask"].bool()
-            counted = None if mask.all() else mask.flatten()
-            with ExitStack() as hooks:
-                hooks.callback(first.register_forward_pre_hook(_start_gradients).remove)
-                for tap in chain(writers, norms):
-                    hooks.callback(tap.module.register_forward_hook(partial(tap.hook, counted)).remove)
-                summed, number = summed_loss(model, batch, mask)
-                summed.backward()
-            tokens, predicted, loss = tokens + int(mask.sum()), predicted + number, loss + summed.item()
+    hooks = [(tap.module, tap.hook) for tap in chain(writers, norms)]
+    tokens, predicted, loss = _backpropagate(decoder, calibration, hooks, layers.start, "sensitivity", progress)
     if not predicted:
         raise InputError("calibration has no token to predict: give sequences of at least two tokens.")
     return Sensitivity(
@@ -135,6 +123,71 @@ def measure_sensitivity(
         tokens,
         loss / predicted,
     )
+
+
+def gradient_norms(
+    model: PreTrainedModel, modules: Iterable[nn.Module], calibration: Iterable[Batch], *, progress: bool
+) -> dict[nn.Module, Tensor]:
+    """Return |g| at the output of linear layers, where g is the gradient of the summed token loss, for each position.
+
+    Args:
+        model: in memory; unchanged on return.
+        modules: its linear layers; those that do not run are not in the result.
+        calibration: as of :func:`measure_sensitivity`.
+        progress: show a progress bar over the batches.
+
+    Returns:
+        [N] fp32 for each module, the positions of all batches one after the other, padding included.
+
+    Raises:
+        InputError: token ids beyond the vocabulary, or gradients that are not finite.
+    """
+    sizes: dict[nn.Module, list[Tensor]] = {}
+
+    def hook(counted: Tensor | None, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def add(g: Tensor) -> None:
+            sizes.setdefault(module, []).append(g.flatten(0, -2).float().norm(dim=1))
+
+        output.register_hook(add)
+
+    decoder = Decoder(model)
+    _backpropagate(decoder, calibration, [(module, hook) for module in modules], 0, "gradients", progress)
+    found = {module: torch.cat(parts) for module, parts in sizes.items()}
+    for module, norms in found.items():
+        if not norms.isfinite().all():
+            raise _not_finite(next(path for path, each in model.named_modules() if each is module))
+    return found
+
+
+def _backpropagate(
+    decoder: Decoder,
+    calibration: Iterable[Batch],
+    hooks: Sequence[tuple[nn.Module, Hook]],
+    start: int,
+    description: str,
+    progress: bool,
+) -> tuple[int, int, float]:
+    """Bring the summed token loss of each batch back to the decoder layer ``start``, with the hooks on their modules.
+
+    Returns:
+        How many positions count, how many tokens were predicted, and the sum of their losses.
+    """
+    model = decoder.model
+    IN_MEMORY.check(model)
+    batches = [piece for batch in checked(calibration, model.config, model.device) for piece in _pieces(batch)]
+    tokens, predicted, loss = 0, 0, 0.0
+    with evaluating(model), _frozen(model), torch.enable_grad():
+        for batch in tqdm(batches, desc=description, unit="batch", disable=not progress):
+            mask = batch["attention_mask"].bool()
+            counted = None if mask.all() else mask.flatten()
+            with ExitStack() as handles:
+                handles.callback(decoder.layers[start].register_forward_pre_hook(_start_gradients).remove)
+                for module, hook in hooks:
+                    handles.callback(module.register_forward_hook(partial(hook, counted)).remove)
+                summed, number = summed_loss(model, batch, mask)
+                summed.backward()
+            tokens, predicted, loss = tokens + int(mask.sum()), predicted + number, loss + summed.item()
+    return tokens, predicted, loss
 
 
 def layers_within(decoder: Decoder, start: int, memory: float) -> range:
@@ -205,7 +258,7 @@ class _LinearTap:
     def __init__(self, path: str, writer: Weight) -> None:
         self.path, self.module, self.sums = path, writer.owner, _Sums(writer.matrix)
 
-    def hook(self, counted: Tensor | None, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def hook(self, counted: Tensor | None, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach().flatten(0, -2)
         output.register_hook(lambda g: self.sums.add(x, g.flatten(0, -2), counted))
 

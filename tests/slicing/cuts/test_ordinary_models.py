@@ -96,8 +96,7 @@ def test_adapters(family, width, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), ids), logits(merged, ids))
 
 
-@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon-40b"])
+@pytest.mark.parametrize(("family", "width"), [("llama", 40), ("gpt2", 48), ("falcon-40b", 40)])
 def test_compiles_without_a_graph_break(family, width):
     cut, ids = cut_family(family, width), tokens(2, 9)
     expected = logits(cut, ids)
