@@ -31,9 +31,10 @@ from markdown_table import table
 from pytest_benchmark.utils import get_commit_info
 from tqdm import tqdm
 
-from slicegpt_fast import InputError, export_plain, load_model, load_tokenizer, patch_model
+from slicegpt_fast import InputError, export_plain, load_model, load_tokenizer, patch_model, quantize_model
 from slicegpt_fast.benchmark import Generate, machine, machine_rates
 from slicegpt_fast.evaluation import read_bytes
+from slicegpt_fast.quantization.plan import Bits
 from slicegpt_fast.quickstart import MODEL, cached
 
 CPU = torch.device("cpu")
@@ -47,6 +48,7 @@ WITHOUT_AMX = "-U__AMX_INT8__"
 LEFT_OUT = ("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_APP", "LLAMA_OPENSSL")
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}  # of ours, and of the GGUF files that the converter writes
 QUANTIZED = ("q8_0", "q4_0")
+ROUNDED: dict[str, Bits] = {"8 bits": 8, "4 bits": 4}  # of ours, in groups of 32, with activations in bf16
 BASELINE = ("llama.cpp", "bf16")
 
 
@@ -135,7 +137,10 @@ def gguf_read_bytes(file: Path) -> int:
 
 
 def ours(sliced: Path, weights: str, prompt: int, new_tokens: int) -> Contender:
-    model: Any = patch_model(load_model(sliced, dtype=DTYPES[weights]), strict=True)
+    model: Any = load_model(sliced, dtype=DTYPES.get(weights, torch.bfloat16))
+    if weights in ROUNDED:
+        model = quantize_model(model, ROUNDED[weights], progress=False)
+    patch_model(model, strict=True)
     torch.manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, prompt))
     turn = Generate(model)
@@ -227,7 +232,7 @@ def main() -> None:
         environment = with_packages(source)
         built = programs(source, environment)
         files = gguf_files(plain, source, built, environment)
-        contenders = [ours(options.sliced, weights, *sizes) for weights in DTYPES]
+        contenders = [ours(options.sliced, weights, *sizes) for weights in (*DTYPES, *ROUNDED)]
         contenders += [theirs(built, weights, file, *sizes) for weights, file in files.items()]
         seconds, bandwidth = take_turns(contenders, options.rounds)
     commit = get_commit_info()

@@ -7,8 +7,9 @@ by a blank line, the first 1.2 M characters tokenised without special tokens, cu
 the first 24, perplexity on 12 windows from the 65th on; fp32. What calibration does to text of another sort is seen on
 12 windows of Python source, the quickstart's. The baseline drops whole layers, those that turn the stream least
 (ShortGPT, arXiv 2403.03853). Re-fitting is compared on the first 24, 64 and 128 windows, with perplexity on the 48
-windows after those, so that no text is in both. One JSON, one file of tables, one figure; rows that are already in the
-JSON are not measured again.
+windows after those, so that no text is in both. Fewer bits are compared on the dense model and on two that are cut,
+rounded on the first 64 windows. One JSON, one file of tables, one figure; rows that are already in the JSON are not
+measured again.
 """
 
 import argparse
@@ -26,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from slicegpt_fast import InputError, load_model, load_tokenizer, perplexity
+from slicegpt_fast import InputError, load_model, load_tokenizer, perplexity, quantize_model, slice_model
 from slicegpt_fast.architectures import Decoder, at
 from slicegpt_fast.calibration import batched, join_documents, token_windows
-from slicegpt_fast.evaluation import stored_parameters
+from slicegpt_fast.evaluation import stored_bytes, stored_parameters
 from slicegpt_fast.plots import plot_trade_off
 from slicegpt_fast.quickstart import python_source, smollm2, wikipedia_leads
 from slicegpt_fast.search import plans
@@ -49,6 +50,8 @@ LENGTH, CALIBRATION, FIRST_HELD_OUT, HELD_OUT = 512, 24, 64, 12
 CHARACTERS = 1_200_000
 REFIT_CALIBRATION, REFIT_HELD_OUT = (24, 64, 128), 48  # windows
 REFIT_SPARSITY = 0.09  # of the shared basis: d = 520 of 576
+BITS_SHARES, BITS_CALIBRATION = (1.0, 0.9, 0.8), 64
+ROUNDED = {"8 bits": (8, None), "4 bits, groups of 32": (4, 32), "4 bits, groups of 64": (4, 64)}
 CUTS = {"channels": ("channels",), "channels + values": ("channels", "values"), "auto": "auto"}
 DROPPED = "whole layers dropped"
 MEASURED = {  # of a row, with how it is written
@@ -134,6 +137,41 @@ def measure_refit(model, windows, rows: list[dict]) -> Iterator[None]:
         yield
 
 
+def measure_bits(model, windows, texts: dict[str, Sequence[Tensor]], rows: list[dict]) -> Iterator[None]:
+    """Add the rows of every cut and number of bits that ``rows`` lacks, in 16 bits and rounded."""
+    known = {(row["share"], row["bits"]) for row in rows}
+    for share in tqdm(BITS_SHARES, unit="cut"):
+        asked = [bits for bits in ("16 bits", *ROUNDED) if (share, bits) not in known]
+        if not asked:
+            continue
+        cut = model
+        if share < 1:
+            cut = slice_model(model, batched(windows[:CALIBRATION]), target_params=share, progress=False)
+        for bits in asked:
+            made = cut
+            if bits in ROUNDED:
+                count, group = ROUNDED[bits]
+                made = quantize_model(
+                    cut, count, group=group, calibration=batched(windows[:BITS_CALIBRATION]), progress=False
+                )
+            size = stored_bytes(made) if bits in ROUNDED else stored_bytes(copy.deepcopy(made).bfloat16())
+            row = {"share": share, "bits": bits, "bytes": size}
+            rows.append(row | {text: perplexity(made, batches) for text, batches in texts.items()})
+            yield
+
+
+def bits_table(results: dict) -> list[str]:
+    """Bytes and perplexity of every cut and number of bits."""
+    rows = {(row["share"], row["bits"]): row for row in results["bits_rows"]}
+    lines = ["| share of the blocks' parameters | weights | MB | perplexity | of 16 bits | Python source |"]
+    lines.append("|---|---|---|---|---|---|")
+    for (share, bits), row in rows.items():
+        ratio = row["perplexity"] / rows[share, "16 bits"]["perplexity"]
+        cells = (f"{share:g}", bits, f"{row['bytes'] / 1e6:.0f}", f"{row['perplexity']:.2f}", f"{ratio:.3f}")
+        lines.append(f"| {' | '.join(cells)} | {row['code']:.2f} |")
+    return lines
+
+
 def markdown(results: dict) -> str:
     """The rows as tables, a line per plan and a column per budget; and re-fitting."""
     dense = f"Dense: {results['dense_perplexity']:.2f}, on Python source {results['dense_code']:.2f}."
@@ -165,6 +203,7 @@ def markdown(results: dict) -> str:
     for row in results["refit_rows"]:
         off, on = row["perplexity"], row["refit_perplexity"]
         lines.append(f"| {row['windows']} | {off:.2f} ({row['width']}) | {on:.2f} ({row['width']}) |")
+    lines += ["", f"Fewer bits, rounded with error feedback on {BITS_CALIBRATION} windows:", "", *bits_table(results)]
     lines += ["", f"`bench/perplexity.py`, {results['date']}, {results['versions']}, {results['machine']}.", ""]
     return "\n".join(lines)
 
@@ -191,7 +230,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "perplexity.json"
     there = json.loads(file.read_text()) if file.exists() else {}
-    rows, refit_rows = there.get("rows", []), there.get("refit_rows", [])
+    rows, refit_rows, bits_rows = (there.get(name, []) for name in ("rows", "refit_rows", "bits_rows"))
     order = names(model)
     results = {
         "model": "SmolLM2-135M-Instruct" if options.model is None else options.model,
@@ -200,11 +239,17 @@ def main() -> None:
         "dense_code": perplexity(model, texts["code"]),
         "rows": rows,
         "refit_rows": refit_rows,
+        "bits_rows": bits_rows,
         "date": date.today().isoformat(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "machine": f"{platform.machine()}",
     }
-    for _ in chain(measure(model, calibration, texts, rows), measure_refit(model, windows, refit_rows)):
+    measured = chain(
+        measure(model, calibration, texts, rows),
+        measure_refit(model, windows, refit_rows),
+        measure_bits(model, windows, texts, bits_rows),
+    )
+    for _ in measured:
         rows.sort(key=lambda row: (order.index(row["plan"]), -row["budget"]))
         file.write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "perplexity.md").write_text(markdown(results))

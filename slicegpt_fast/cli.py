@@ -610,9 +610,7 @@ def recover(
     sliced, tokenizer = workflow.load(model, dtype=job.dtype, device=job.device)
     learnt, held_out = job.windows(sliced.config, tokenizer)
     if not len(held_out):
-        raise InputError(
-            f"--sequences {sequences} takes all of the text, none is held out: lower it."
-        )
+        raise InputError(f"--sequences {sequences} takes all of the text, none is held out: lower it.")
 
     def dense() -> Any:
         loaded: Any = load_model(teacher, dtype=job.dtype)

@@ -85,7 +85,9 @@ def windows_of(model, texts, seed=None):
     return token_windows(load_tokenizer(model), join_documents(documents, seed), LENGTH)
 
 
-@pytest.mark.parametrize("command", ["quickstart", "slice", "eval", "generate", "bench", "export", "info"])
+@pytest.mark.parametrize(
+    "command", ["quickstart", "slice", "quantize", "recover", "eval", "generate", "bench", "export", "info"]
+)
 def test_help_comes_with_examples(command):
     assert command in ran("--help")
     for flag in ("--help", "-h"):
@@ -357,6 +359,33 @@ class TestQuantize:
         assert result.exit_code == 2
         assert "error: bits must be 8 or 4, not 3." in result.stderr
         assert not (tmp_path / "out").exists()
+
+
+class TestRecover:
+    @pytest.fixture
+    def common(self, model, texts, tmp_path):
+        sizes = ("--text", texts, "--length", LENGTH, "--sequences", 8)
+        ran("slice", model, *sizes, "--target-params", 0.8, "--out", tmp_path / "sliced")
+        common = ["recover", tmp_path / "sliced", "--teacher", model, "--text", texts, "--length", LENGTH]
+        return [*common, "--out", tmp_path / "better"]
+
+    @pytest.mark.parametrize("train", ["all", "lora"])
+    def test_trains_and_saves(self, common, train, tmp_path):
+        printed = ran(*common, "--sequences", 8, "--train", train, "--steps", 2, "--rank", 2)
+        assert "won back" in printed
+        assert "of 2 steps" in printed
+        files = {path.name for path in (tmp_path / "better").iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.json", "recovery.png", "README.md"} <= files
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["better", "sliced"]
+        before, after = (load_model(tmp_path / name) for name in ("sliced", "better"))
+        assert before.state_dict().keys() == after.state_dict().keys()
+        assert slice_config_of(before) == slice_config_of(after)
+
+    def test_bad_input(self, common, model, tmp_path):
+        assert "none is held out: lower it" in error_of(*common, "--sequences", 11)
+        assert "does not exist" in error_of(*common[:3], "./nowhere", *common[4:], "--sequences", 8)
+        assert not (tmp_path / "better").exists()
+        assert not (tmp_path / ".better.unfinished").exists()
 
 
 class TestEval:

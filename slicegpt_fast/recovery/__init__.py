@@ -42,7 +42,7 @@ __all__ = ["Point", "Recovery", "Trained", "recover_model"]
 
 Trained = Literal["all", "lora"]
 RATES: dict[Trained, float] = {"all": 1e-4, "lora": 1e-3}
-EVERY = 50  # steps between two looks at the held-out text
+EVERY = 20  # steps between two looks at the held-out text
 PATIENCE = 4  # looks without a better perplexity, after which training ends
 
 

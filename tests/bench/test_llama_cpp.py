@@ -47,6 +47,13 @@ def test_ours_times_the_new_tokens_after_the_first(tmp_path, monkeypatch):
     assert next(ticks) - begin == 1 + (1 + 1 + 3)  # the prompt, the token made of it, those that are timed
 
 
+@pytest.mark.parametrize(("weights", "share"), [("8 bits", 0.6), ("4 bits", 0.4)])
+def test_ours_in_fewer_bits_reads_fewer_bytes(weights, share, tmp_path):
+    save_model(tiny_model("llama"), tmp_path / "dense")
+    sixteen, fewer = (ours(tmp_path / "dense", each, prompt=5, new_tokens=3) for each in ("bf16", weights))
+    assert fewer.read_bytes < share * sixteen.read_bytes
+
+
 def test_turns_go_there_and_back(monkeypatch):
     rates = iter([(1.0, 0.0), (40e9, 0.0), (50e9, 0.0), (60e9, 0.0)])
     monkeypatch.setattr("llama_cpp.machine_rates", lambda *_: next(rates))

@@ -20,8 +20,7 @@ def compile_for(target: str, how_much: str, *dtypes: str) -> None:
 
 
 def test_representative_kernels():
-    """Of one target; all kernels for all of them are a slow test."""
-    compile_for("sm_90", "some", "bfloat16", "float32")
+    compile_for("sm_90", "some", "bfloat16")
 
 
 SERIALISED = """
@@ -40,9 +39,13 @@ def test_serialised_machine_code_is_recognised():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("target", "dtype"), [("sm_80", "float16"), ("sm_90", "float32"), ("sm_100", "bfloat16")])
+def test_representative_kernels_elsewhere(target, dtype):
+    """Not fp32 on sm_100, where Triton would round to tf32."""
+    compile_for(target, "some", dtype)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("target", "dtype"), [("sm_80", "float16"), ("sm_90", "bfloat16"), ("sm_90", "float32"), ("sm_100", "bfloat16")]
-)
-def test_every_shipped_configuration(target, dtype):
-    compile_for(target, "all", dtype)
+def test_every_shipped_configuration():
+    compile_for("sm_90", "all", "bfloat16")
