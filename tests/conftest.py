@@ -30,7 +30,7 @@ FOR_ALL_FAMILIES = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="run every combination of parameters for every family")
+    parser.addoption("--thorough", action="store_true", help="run all tests marked thorough, and all of every family")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,10 +41,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             later.setdefault((item.nodeid.partition("[")[0], family), []).append(item)
             if item.originalname not in FOR_ALL_FAMILIES:
                 item.add_marker(pytest.mark.slow)
-    if not config.getoption("--thorough"):
+    if not config.getoption("--thorough"):  # one of a test's combinations for each of LATER, all of them in turn
         order = list(LATER)
         kept = {id(group[order.index(family) % len(group)]) for (_, family), group in later.items()}
         left = {id(item) for group in later.values() for item in group} - kept
+        left |= {id(item) for item in items if item.get_closest_marker("thorough")}
         config.hook.pytest_deselected(items=[item for item in items if id(item) in left])
         items[:] = [item for item in items if id(item) not in left]
     if torch.cuda.is_available():

@@ -56,7 +56,7 @@ class Decoder:
 
     Raises:
         InputError: not a transformers model, one of an encoder or of an unknown family, one to which the method does
-            not apply, or one without its language head.
+            not apply, one without its language head, or with something else in the place of a decoder layer.
     """
 
     def __init__(self, model: Any) -> None:
@@ -103,7 +103,13 @@ class Decoder:
             path = self.layer_path(index)
             for sublayer in self.architecture.sublayers:
                 norm = sublayer.branches[0].norm
-                sites.append(Site(len(sites), index, path, layer, f"{path}.{norm}", at(layer, norm), sublayer))
+                try:
+                    module = at(layer, norm)
+                except AttributeError as error:
+                    raise InputError(
+                        f"{path} is a {type(layer).__name__}, which has no {norm}: put the family's own layer there."
+                    ) from error
+                sites.append(Site(len(sites), index, path, layer, f"{path}.{norm}", module, sublayer))
         path, final = self.architecture.final_norm, self.final_norm
         return [*sites, Site(len(sites), len(self.layers), path, final, path, final)]
 

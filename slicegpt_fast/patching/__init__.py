@@ -118,7 +118,6 @@ def patch_model(
         InputError: not such a model, an unsupported dtype, a layer split over devices, a backend that cannot run
             here, a pattern that fits nothing, or a model that was patched with other options.
     """
-    decoder = Decoder(model)
     if backend not in BACKENDS:
         raise InputError(f"argument backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
     options = (backend, _patterns("include", include), _patterns("exclude", exclude))
@@ -127,6 +126,7 @@ def patch_model(
         if existing.options != options:
             raise InputError("the model is already patched with other options: call unpatch_model first.")
         return model
+    decoder = Decoder(model)
     if model.dtype not in DTYPES:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise InputError(f"model has dtype {model.dtype}; the ops take {dtypes}: convert it with model.to().")
@@ -269,7 +269,7 @@ def _head(decoder: Decoder) -> Place:
 
 
 def _patch_of(model: PreTrainedModel) -> Patch | None:
-    return model.__dict__.get("_slicegpt_fast_patch")
+    return getattr(model, "__dict__", {}).get("_slicegpt_fast_patch")
 
 
 def _patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:

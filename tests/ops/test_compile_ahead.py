@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+
+UNSUPPORTED = ("sm_100", "float32")
 
 
 def compile_for(target: str, how_much: str, *dtypes: str) -> None:
@@ -41,11 +44,16 @@ def test_serialised_machine_code_is_recognised():
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "dtype"), [("sm_80", "float16"), ("sm_90", "float32"), ("sm_100", "bfloat16")])
 def test_representative_kernels_elsewhere(target, dtype):
-    """Not fp32 on sm_100, where Triton would round to tf32."""
     compile_for(target, "some", dtype)
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(1800)
-def test_every_shipped_configuration():
-    compile_for("sm_90", "all", "bfloat16")
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    # On sm_100 Triton would round fp32 to tf32.
+    [pair for pair in product(("sm_80", "sm_90", "sm_100"), ("bfloat16", "float16", "float32")) if pair != UNSUPPORTED],
+)
+def test_every_shipped_configuration(target, dtype):
+    compile_for(target, "all", dtype)

@@ -93,7 +93,15 @@ def run(mode, distribution, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("mode", ["stock", "patched", "sliced", "sliced-patched"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("stock", marks=pytest.mark.thorough),
+        pytest.param("sliced", marks=pytest.mark.thorough),
+        "patched",
+        "sliced-patched",
+    ],
+)
 def test_the_common_tests_of_transformers(mode, distribution, tmp_path):
     expected = {f"{family} {test}" for test, (_, families) in FAILURES[mode].items() for family in families}
     passed, failed = run(mode, distribution, tmp_path)

@@ -17,7 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from slicegpt_fast import InputError, slice_model
+from slicegpt_fast import InputError, patch_model, quantize_model, slice_model
 from slicegpt_fast.architectures import Decoder, architecture_of
 from slicegpt_fast.slicing import SliceOptions, block_parameters, make_plan, slice_config_of
 
@@ -266,6 +266,22 @@ def already_sliced(model):
 def test_models_that_cannot_be_sliced_are_refused(spoil, message):
     with pytest.raises(InputError, match=message):
         slice_model(spoil(tiny_model()), [tokens(4, 32)], sparsity=0.25, progress=False)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda model: slice_model(model, [tokens(4, 32)], sparsity=0.25),
+        lambda model: quantize_model(model, 8),
+        patch_model,
+    ],
+    ids=["slice", "quantize", "patch"],
+)
+def test_something_else_in_the_place_of_a_layer_is_refused(work):
+    model = tiny_model()
+    model.model.layers[1] = nn.Sequential(model.model.layers[1])
+    with pytest.raises(InputError, match=r"model.layers.1 is a Sequential, which has no input_layernorm: put"):
+        work(model)
 
 
 def test_integer_weights_are_refused():
