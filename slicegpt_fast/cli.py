@@ -585,7 +585,7 @@ def recover(
         typer.Option(metavar="N", min=1, help="Steps of the optimiser, 2048 tokens each. Default: once over the text."),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(metavar="RATE", help="Highest learning rate. Default: 1e-4, with lora 1e-3.")
+        float | None, typer.Option(metavar="RATE", help="Highest learning rate. Default: 2e-4, with lora 1e-3.")
     ] = None,
     rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of the adapters.")] = 32,
     dtype: Dtype = None,

@@ -3,6 +3,9 @@
     dense model --> its K likeliest next tokens at every position, on disk --> (its memory is free again)
         --> sliced model: all weights of its decoder layers, or low-rank adapters merged at the end, against these
 
+SmolLM2-135M cut to 0.8 of its blocks wins back 44 % of the perplexity that it lost in 100 steps of 1024 tokens, 20
+minutes on two cores (docs/benchmarks/recovery.md).
+
 The loss is the divergence from the teacher's distributions, not the text's own next tokens: a distribution tells more
 than one token, and a small text is not learnt by heart. Held-out text says which weights are kept.
 
@@ -41,7 +44,7 @@ from slicegpt_fast.unfinished import Settings, digest_of, hold
 __all__ = ["Point", "Recovery", "Trained", "recover_model"]
 
 Trained = Literal["all", "lora"]
-RATES: dict[Trained, float] = {"all": 1e-4, "lora": 1e-3}
+RATES: dict[Trained, float] = {"all": 2e-4, "lora": 1e-3}
 EVERY = 20  # steps between two looks at the held-out text
 PATIENCE = 4  # looks without a better perplexity, after which training ends
 
@@ -88,7 +91,7 @@ def recover_model(
         train: ``"all"`` weights of the decoder layers, or ``"lora"``: adapters of their linear layers, through peft,
             which are merged at the end.
         steps: of the optimiser, a batch each; by default as many as there are batches.
-        learning_rate: the highest of a cosine with a warm-up; by default 1e-4, with ``"lora"`` 1e-3.
+        learning_rate: the highest of a cosine with a warm-up; by default 2e-4, with ``"lora"`` 1e-3.
         rank: of the adapters.
         work: a folder for the teacher's predictions and the state of the run. The same call, after it was killed,
             goes on from there to the same weights. By default a temporary one.
