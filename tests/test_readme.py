@@ -154,6 +154,12 @@ def test_perplexities_are_the_committed_ones():
     assert stated.groups() == tuple(f"{each:.1f}" for each in levels)
 
 
+def test_what_recovery_brings_is_the_committed_figure():
+    (row, *_) = json.loads((ROOT / "docs/benchmarks/recovery.json").read_text())["rows"]
+    minutes, before, after = re.search(r"(\d+) minutes of training .* bring ([\d.]+) to ([\d.]+)\.", README).groups()
+    assert (minutes, before, after) == (f"{row['minutes']:.0f}", *(f"{each:.1f}" for each in row["leads"]))
+
+
 def models_of_the_readme():
     """The cells of each family, by its model type."""
     known = {re.sub(r"\W|_", "", name.lower()): name for name in ARCHITECTURES}
