@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from slicegpt_fast.checkpoint import check_space
@@ -93,3 +94,10 @@ def write_json(path: Path, content: Any) -> None:
     beside = path.with_name(f"{path.name}.partial")
     beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     beside.replace(path)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, which appears complete or not at all."""
+    beside = file.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
+    beside.replace(file)

@@ -226,7 +226,7 @@ class TestSlice:
 
     def test_goes_on_with_an_unfinished_run(self, common, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr("slicegpt_fast.streaming.save_file", raises(OSError("No space left on device")))
+            patch.setattr("slicegpt_fast.unfinished.save_file", raises(OSError("No space left on device")))
             error_of(*common, "--sequences", 5, "--sparsity", 0.25, "--stream")
         result = run(*common, "--sequences", 5, "--sparsity", 0.25)
         assert "Slicing from file to file: an earlier run is unfinished." in result.stderr

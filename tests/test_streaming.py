@@ -123,7 +123,7 @@ def kill_at(write, monkeypatch):
             raise Killed
 
     monkeypatch.setattr("slicegpt_fast.streaming.storage.save_file", save)
-    monkeypatch.setattr("slicegpt_fast.streaming.save_file", save)
+    monkeypatch.setattr("slicegpt_fast.unfinished.save_file", save)
 
 
 @pytest.mark.parametrize("activations", ["memory", "disk"])
@@ -305,7 +305,7 @@ def test_bad_input_leaves_nothing_but_a_full_disk_can_be_resumed_from(finished, 
             slice_checkpoint(source, out, CALIBRATION, sparsity=0.25, progress=False)
     assert os.listdir(tmp_path) == []
     with monkeypatch.context() as patch:
-        patch.setattr("slicegpt_fast.streaming.save_file", raises(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr("slicegpt_fast.unfinished.save_file", raises(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(
             InputError, match=r"stopped \(.*No space left on device\): put that right, the same command"
         ):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from slicegpt_fast.architectures import evaluating
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.evaluation import perplexity
 from slicegpt_fast.recovery.loss import ROWS, head_alone, run_base
-from slicegpt_fast.unfinished import write_json
+from slicegpt_fast.unfinished import write_json, write_tensors
 
 KEPT = 64  # tokens at each position
 BYTES = 6 * KEPT  # on disk for each
@@ -68,9 +68,8 @@ class Lessons:
                     with head_alone(teacher, kind, hidden) as logits:
                         found.append(logits.float().log_softmax(-1).topk(min(KEPT, logits.shape[-1])))
                 log_probabilities, tokens = (torch.cat(each) for each in zip(*found, strict=True))
-                beside = self._file(index).with_suffix(".partial")
-                save_file({"tokens": tokens.int().cpu(), "log_probabilities": log_probabilities.half().cpu()}, beside)
-                beside.replace(self._file(index))
+                told = {"tokens": tokens.int().cpu(), "log_probabilities": log_probabilities.half().cpu()}
+                write_tensors(self._file(index), told)
 
     def of(self, step: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Return the batch of a step, its tokens [N, K] int64 and log-probabilities [N, K] fp16."""

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slicegpt_fast.recovery.loss import summed_divergence
+from slicegpt_fast.slicing.batches import pieces
+from slicegpt_fast.unfinished import write_tensors
 
 WARM_UP = 0.05  # of the steps, with a rising learning rate
 LAST = 0.1  # of the learning rate, at the end of its cosine
 BETAS = (0.9, 0.95)
+TOLD = ("tokens", "log_probabilities")  # what the teacher tells of a batch
 LONGEST = 1.0  # norm of a step's gradient
-TOKENS = 512  # that a forward and backward pass takes at once, or one sequence
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class Training:
         self._optimizer.zero_grad(set_to_none=True)
         counted = int(batch["attention_mask"].sum())
         loss = 0.0
-        for piece in _pieces(batch, tokens, log_probabilities):
-            divergence = summed_divergence(self._model, *piece) / counted
+        told = [each.unflatten(0, batch["input_ids"].shape) for each in (tokens, log_probabilities)]
+        for piece in pieces(batch | dict(zip(TOLD, told, strict=True))):
+            lesson = [piece.pop(name).flatten(0, 1) for name in TOLD]
+            divergence = summed_divergence(self._model, piece, *lesson) / counted
             divergence.backward()
             loss += divergence.item()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), LONGEST)
@@ -101,9 +104,9 @@ class Training:
         state = {f"{name}.{key}": value for name, key, value in self._moments()}
         state |= {name: parameter.detach() for name, parameter in self.parameters.items()}
         points = [vars(point) for point in self.points]
-        _save(state, folder / "training.safetensors", {"done": str(self.done), "points": json.dumps(points)})
+        write_tensors(folder / "training.safetensors", state, {"done": str(self.done), "points": json.dumps(points)})
         if self.best() is self.points[-1]:
-            _save({name: each.detach() for name, each in self.parameters.items()}, folder / "best.safetensors", {})
+            write_tensors(folder / "best.safetensors", {name: each.detach() for name, each in self.parameters.items()})
 
     def load(self, folder: Path) -> bool:
         """Go on from what :meth:`save` wrote, if there is anything; return whether there was."""
@@ -135,22 +138,3 @@ class Training:
             state: dict[str, Any] = self._optimizer.state.get(parameter, {})
             for key, value in state.items():
                 yield name, key, value
-
-
-def _pieces(
-    batch: dict[str, Tensor], tokens: Tensor, log_probabilities: Tensor
-) -> Iterable[tuple[dict[str, Tensor], Tensor, Tensor]]:
-    """A batch in parts of whole sequences: a graph of all activations stands behind each until its gradients."""
-    length = batch["input_ids"].shape[1]
-    rows = max(1, TOKENS // length)
-    for start in range(0, len(batch["input_ids"]), rows):
-        part = {name: each[start : start + rows] for name, each in batch.items()}
-        positions = slice(start * length, (start + rows) * length)
-        yield part, tokens[positions], log_probabilities[positions]
-
-
-def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a file that appears complete or not at all."""
-    beside = file.with_suffix(".partial")
-    save_file({name: each.contiguous() for name, each in tensors.items()}, beside, metadata)
-    beside.replace(file)

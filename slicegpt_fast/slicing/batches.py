@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from slicegpt_fast.errors import InputError, reason
 
 Batch = Tensor | Mapping[str, Any]
+TOKENS = 512  # that a forward and backward pass takes at once, or one sequence
 
 
 def batch_list(batches: Iterable[Batch], argument: str = "calibration") -> list[Batch]:
@@ -47,6 +48,13 @@ def checked(
     check_iterable(batches, argument)
     for index, batch in enumerate(batches):
         yield _checked(batch, f"{argument}: batch {index}", config, device)
+
+
+def pieces(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield a batch in parts of whole sequences: a graph of all activations stands behind each until its gradients."""
+    rows = max(1, TOKENS // batch["input_ids"].shape[1])
+    for start in range(0, len(batch["input_ids"]), rows):
+        yield {name: each[start : start + rows] for name, each in batch.items()}
 
 
 def _checked(batch: Batch, name: str, config: PreTrainedConfig, device: torch.device) -> dict[str, Tensor]:

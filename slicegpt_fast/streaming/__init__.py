@@ -16,7 +16,6 @@ from typing import Unpack
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +33,7 @@ from slicegpt_fast.slicing.rotation import outline, rotations
 from slicegpt_fast.streaming.memory import FREE_SHARE, Activations, activations_device, estimate
 from slicegpt_fast.streaming.shards import INDEX, Shards, empty_model
 from slicegpt_fast.streaming.storage import FolderStorage
-from slicegpt_fast.unfinished import Settings, digest_of, hold, work_folder, write_json
+from slicegpt_fast.unfinished import Settings, digest_of, hold, work_folder, write_json, write_tensors
 
 
 def slice_checkpoint(
@@ -151,9 +150,7 @@ def _write(
             filled = (at(sliced, path).state_dict(prefix=f"{path}.") for path in paths)
             tensors = revert_weight_conversion(sliced, {name: each for part in filled for name, each in part.items()})
             tensors |= guard_tensors(sliced) if number == len(calls) else {}
-            beside = file.with_suffix(".partial")
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
-            beside.replace(file)
+            write_tensors(file, tensors, {"format": "pt"})
             for path in paths:
                 at(sliced, path).to("meta")
         with safe_open(file, "pt") as stored:

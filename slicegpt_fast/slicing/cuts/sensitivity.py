@@ -33,12 +33,11 @@ from transformers import PreTrainedModel
 from slicegpt_fast.architectures import AXES, Axis, Decoder, Weight, at, evaluating, weights
 from slicegpt_fast.errors import InputError
 from slicegpt_fast.ops.covariance import covariance_
-from slicegpt_fast.slicing.batches import Batch, checked
+from slicegpt_fast.slicing.batches import Batch, checked, pieces
 from slicegpt_fast.slicing.layers import norm_eps, rstd
 from slicegpt_fast.slicing.storage import IN_MEMORY
 
 Hook = Callable[[Tensor | None, nn.Module, tuple[Tensor, ...], Tensor], None]  # a forward hook; first, what counts
-TOKENS = 512  # that a forward and backward pass takes at once, or one sequence
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def _backpropagate(
     """
     model = decoder.model
     IN_MEMORY.check(model)
-    batches = [piece for batch in checked(calibration, model.config, model.device) for piece in _pieces(batch)]
+    batches = [piece for batch in checked(calibration, model.config, model.device) for piece in pieces(batch)]
     tokens, predicted, loss = 0, 0, 0.0
     with evaluating(model), _frozen(model), torch.enable_grad():
         for batch in tqdm(batches, desc=description, unit="batch", disable=not progress):
@@ -203,13 +202,6 @@ def layers_within(decoder: Decoder, start: int, memory: float) -> range:
         if memory < 0 and index > start:
             return range(start, index)
     return range(start, len(decoder.layers))
-
-
-def _pieces(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield a batch in parts of whole sequences: a graph of all activations stands behind each until its gradients."""
-    rows = max(1, TOKENS // batch["input_ids"].shape[1])
-    for start in range(0, len(batch["input_ids"]), rows):
-        yield {name: each[start : start + rows] for name, each in batch.items()}
 
 
 class _Sums:
